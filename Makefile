@@ -1,0 +1,47 @@
+# make book | make test | make help for the rest
+PYTHON ?= python3
+# Index with the CPU builds of PyTorch; `make TORCH_INDEX= ...` takes the CUDA build instead.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+READY := .venv/ready
+# One thread a process: on a shared machine more threads make small networks slower, and results reproducible only per thread count.
+export OMP_NUM_THREADS ?= 1
+export PYTHONHASHSEED := 0
+# The package of this checkout, also where several checkouts share one environment.
+export PYTHONPATH := $(CURDIR)
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 18
+
+book: $(READY)   ## build the book into _build/html
+	rm -rf _build
+	$(BIN)/python tools/reference.py
+	$(BIN)/jb build -W -n --keep-going .
+	@echo "Read it: file://$(CURDIR)/_build/html/index.html"
+
+test: book       ## every test: unit, notebooks, assignments, hygiene, browser
+	PYTHONWARNINGS=error::RuntimeWarning $(BIN)/python -m pytest -rs -n 2 --dist loadscope
+
+notebooks: $(READY) scratch  ## write and execute notebooks from their text: make notebooks NB=book/03_x/02_y.md (none: the stale ones)
+	$(BIN)/python tools/notebooks.py $(NB)
+
+scratch: $(READY)            ## export the chapters' NumPy cells to dlgm_tutorial/scratch
+	$(BIN)/python tools/export_scratch.py
+
+$(READY): requirements.txt
+	@command -v $(PYTHON) > /dev/null || { echo "no $(PYTHON): install Python 3.10 or newer, or name one with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: name a newer one with make PYTHON=..." >&2; exit 1; }
+	rm -rf .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; $(PYTHON) -m venv --without-pip .venv \
+	  && $(PYTHON) -m pip --python .venv/bin/python install -q pip; } \
+	  || { rm -rf .venv; echo "no virtual environment: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -q --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-deps -e .
+	touch $(READY)
+
+clean:           ## remove the built book and the environment
+	rm -rf _build .venv .pytest_cache
+
+.PHONY: help book test notebooks scratch clean
+.DEFAULT_GOAL := help

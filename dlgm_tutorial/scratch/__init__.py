@@ -1,0 +1,1 @@
+"""The chapters' own NumPy code, exported from their cells; `make scratch` writes these modules."""
