@@ -19,8 +19,15 @@ book: $(READY)   ## build the book into _build/html
 	$(BIN)/jb build -W -n --keep-going .
 	@echo "Read it: file://$(CURDIR)/_build/html/index.html"
 
-test: book       ## every test: unit, notebooks, assignments, hygiene, browser
-	PYTHONWARNINGS=error::RuntimeWarning $(BIN)/python -m pytest -rs -n 2 --dist loadscope
+test: book build/axe.min.js  ## every test: unit, notebooks, assignments, hygiene, browser
+	PYTHONWARNINGS=error::RuntimeWarning $(BIN)/python -m pytest -m "not slow" -rs -n 2 --dist loadscope
+
+# The accessibility rules, for the browser test; without npm that test says why it is skipped.
+build/axe.min.js:
+	@mkdir -p build
+	@command -v npm > /dev/null || { echo "no npm: the accessibility test will be skipped"; exit 0; }; \
+	  cd build && npm pack --silent axe-core@4.14.1 > /dev/null && tar -xzf axe-core-4.14.1.tgz package/axe.min.js \
+	  && mv package/axe.min.js axe.min.js && rm -rf package axe-core-4.14.1.tgz || echo "axe-core could not be fetched"
 
 notebooks: $(READY) scratch  ## write and execute notebooks from their text: make notebooks NB=book/03_x/02_y.md (none: the stale ones)
 	$(BIN)/python tools/notebooks.py $(NB)

@@ -3,7 +3,7 @@
 `check_close` compares with a closed form or a second implementation, `check_mc` a Monte Carlo estimate with the
 truth in standard errors, `check_below` an inequality. Each names the label of the equation that it verifies, so that
 the equation ledger can be made from the checks. What is printed holds no measured difference (its last digits differ
-between machines); the differences go to the file that the environment variable DLGM_LEDGER names, one JSON line a check.
+between machines); differences go to the file that the environment variable DLGM_LEDGER names, one JSON line a check.
 """
 
 import json
@@ -73,7 +73,7 @@ def check_mc(samples, want, label="", *, z=5.0, what="", standard_error=None):
 
     samples: [S, ...] independent draws, averaged over the first axis; with `standard_error` given (for draws that
     depend on each other) `samples` is the estimate itself. want: [...] or a scalar. z: how many standard errors;
-    a correct estimator fails with probability 5.7e-7 an entry at z = 5.
+    a correct estimator fails with probability 5.7e-7 an entry at z = 5. label, what: as in `check_close`.
     Raises CheckError where the estimate is too far away, ValueError for fewer than two samples.
 
     >>> check_mc(np.random.default_rng(0).standard_normal(1000), 0.0, "eq-example", what="mean of a normal")
@@ -98,7 +98,8 @@ def check_mc(samples, want, label="", *, z=5.0, what="", standard_error=None):
 def check_below(lower, upper, label="", *, slack=0.0, what=""):
     """Check lower <= upper + slack in every entry: a bound below what it bounds, a likelihood that never falls.
 
-    lower, upper: arrays or tensors of one shape (upper may be a scalar); slack >= 0 for rounding.
+    lower, upper: arrays or tensors of one shape (upper may be a scalar); slack >= 0 for rounding;
+    label, what: as in `check_close`.
     Raises CheckError where the order is violated or an entry is not a number.
 
     >>> check_below([0.0, 1.0], [0.5, 1.0], "eq-example", what="a bound")

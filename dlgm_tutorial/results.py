@@ -1,4 +1,4 @@
-"""Figures of book/results on a page: `table` and `say` read the files that commands wrote; nothing is typed in by hand."""
+"""Figures of book/results on a page: `table` and `say` show what commands wrote; nothing is typed in by hand."""
 
 import json
 from importlib import resources
@@ -24,13 +24,9 @@ def path(name):
     """Where the file `name` of book/results is: in the checkout where there is one, else in the installed package.
 
     Raises FileNotFoundError with the name where there is none.
-
-    >>> path("no-such-experiment.json")
-    Traceback (most recent call last):
-    FileNotFoundError: no results file 'no-such-experiment.json'; `python -m dlgm_tutorial.reproduce --list` names them
     """
-    local = Path(__file__).parents[1] / "book" / "results" / name
-    found = local if local.is_file() else resources.files("dlgm_tutorial._results").joinpath(name)
+    checkout = Path(__file__).parents[1] / "book" / "results"
+    found = (checkout if checkout.is_dir() else resources.files("dlgm_tutorial._results")).joinpath(name)
     if not found.is_file():
         raise FileNotFoundError(
             f"no results file {name!r}; `python -m dlgm_tutorial.reproduce --list` names them")
@@ -38,7 +34,7 @@ def path(name):
 
 
 def load(name):
-    """The contents of book/results/NAME.json, a dict (`reproduce` says what it holds)."""
+    """Read book/results/`name`.json into a dict (`reproduce` says what it holds)."""
     return json.loads(path(f"{name}.json").read_text())
 
 
@@ -68,7 +64,7 @@ def table(rows, columns=None, *, digits=2):
 
 
 def say(template, **values):
-    """A sentence with figures in it, from a results file or from the cells above.
+    """Fill `values` into `template`, a sentence with figures from a results file or from the cells above.
 
     >>> say("The bound is {gap:.2f} nats below.", gap=1.25)
     The bound is 1.25 nats below.

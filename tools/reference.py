@@ -66,7 +66,7 @@ def _definitions(tree, prefix=""):
 def ledger():
     by_label, made_by = checks(), implementations()
     lines = ["| equation | label | implemented by | checked | tolerance | difference found |", "|---|---|---|---|---|---|"]
-    for label, source in equations().items():
+    for label in equations():
         if label.startswith("def-"):
             lines.append(f"| {{eq}}`{label}` | `{label}` | | a definition | | |")
             continue
