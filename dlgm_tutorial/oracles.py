@@ -1,0 +1,164 @@
+"""Answers by routes that share no code with the methods: dense algebra, quadrature, closed forms.
+
+Plain and slow on purpose: each function is a few lines that can be checked by eye. It imports nothing of this package.
+Arrays are NumPy, float64. What one chapter alone needs stands at the end, under the chapter's name.
+"""
+
+import itertools
+
+import mpmath
+import numpy as np
+from scipy import special
+
+__all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite", "gaussian_kl", "gaussian_log_density",
+           "grid_posterior", "kumaraswamy_beta_kl", "kumaraswamy_log_density", "langevin_chain_law",
+           "linear_gaussian_evidence", "linear_gaussian_posterior", "log_mean_exp"]
+
+
+def gaussian_log_density(x, mean, cov):
+    """Evaluate log N(x; mean, cov) in nats: x [N, D] or [D], mean [D], cov [D, D] -> [N] or a number."""
+    x, cov = np.asarray(x, float), np.atleast_2d(cov)
+    delta = np.atleast_2d(x) - mean
+    sign, log_det = np.linalg.slogdet(2 * np.pi * cov)
+    assert sign > 0, "cov is not positive definite"
+    value = -0.5 * (log_det + np.einsum("nd,nd->n", delta, np.linalg.solve(cov, delta.T).T))
+    return value if x.ndim == 2 else value[0]
+
+
+def gaussian_kl(mean_q, cov_q, mean_p, cov_p):
+    """KL(N(mean_q, cov_q) || N(mean_p, cov_p)) in nats by dense algebra: means [K], covariances [K, K]."""
+    ratio, delta = np.linalg.solve(cov_p, cov_q), np.asarray(mean_q, float) - mean_p
+    return 0.5 * (np.trace(ratio) - len(delta) - np.linalg.slogdet(ratio)[1] + delta @ np.linalg.solve(cov_p, delta))
+
+
+def condition_gaussian(mean, cov, observed, values):
+    """Condition a joint normal on some of its coordinates.
+
+    mean [D], cov [D, D]; observed: indices [M], values [M]. Returns (mean, cov) of the others, in their order.
+    """
+    mean, cov = np.asarray(mean, float), np.asarray(cov, float)
+    rest = np.setdiff1d(np.arange(len(mean)), observed)
+    across = cov[np.ix_(observed, rest)]
+    gain = np.linalg.solve(cov[np.ix_(observed, observed)], across).T
+    return mean[rest] + gain @ (np.asarray(values) - mean[observed]), cov[np.ix_(rest, rest)] - gain @ across
+
+
+def _noise_covariance(noise_var, num):
+    noise_var = np.asarray(noise_var, float)
+    return noise_var if noise_var.ndim == 2 else np.diag(np.broadcast_to(noise_var, num))
+
+
+def linear_gaussian_evidence(x, weight, bias, noise_var):
+    """log p(x) for z ~ N(0, I), x = weight z + bias + noise, as the density of N(bias, weight weight^T + noise).
+
+    x [N, D], weight [D, K], bias [D], noise_var: a number, [D] or [D, D] -> [N], in nats.
+    """
+    return gaussian_log_density(x, bias, weight @ np.transpose(weight) + _noise_covariance(noise_var, len(bias)))
+
+
+def linear_gaussian_posterior(x, weight, bias, noise_var):
+    """Posterior mean [N, K] and covariance [K, K] of the same model, by conditioning the joint normal of (z, x)."""
+    weight = np.asarray(weight, float)
+    num_data, num_latents = weight.shape
+    joint = np.block([[np.eye(num_latents), weight.T],
+                      [weight, weight @ weight.T + _noise_covariance(noise_var, num_data)]])
+    mean = np.concatenate([np.zeros(num_latents), bias])
+    observed = np.arange(num_latents, num_latents + num_data)
+    answers = [condition_gaussian(mean, joint, observed, row) for row in np.atleast_2d(x)]
+    return np.stack([m for m, _ in answers]), answers[0][1]
+
+
+def gauss_hermite(f, mean, cov, num_nodes=40):
+    """E f(z) for z ~ N(mean, cov) by a product Gauss-Hermite rule: f maps [N, K] to [N] or [N, ...], K at most 3 or so.
+
+    Exact for polynomials of degree 2 num_nodes - 1; poor for functions with kinks.
+    """
+    mean = np.atleast_1d(np.asarray(mean, float))
+    nodes, weights = special.roots_hermitenorm(num_nodes)
+    weights = weights / weights.sum()
+    z = np.array(list(itertools.product(nodes, repeat=len(mean))))
+    w = np.prod(list(itertools.product(weights, repeat=len(mean))), axis=1)
+    return np.tensordot(w, f(mean + z @ np.linalg.cholesky(np.atleast_2d(cov)).T), axes=1)
+
+
+def grid_posterior(log_joint, low, high, num_points):
+    """Integrate exp(log_joint) over the box from low to high (each [K], K = 1 or 2) by the trapezoidal rule.
+
+    log_joint maps [N, K] to [N]. Returns (log_evidence, mean [K], cov [K, K]) of the normalised density. The error
+    falls exponentially with num_points for smooth functions that vanish at the edge, like 1 / num_points^2 with kinks.
+    """
+    axes = [np.linspace(a, b, num_points) for a, b in zip(np.atleast_1d(low), np.atleast_1d(high), strict=True)]
+    z = np.stack([m.ravel() for m in np.meshgrid(*axes, indexing="ij")], -1)
+    ends = np.ones(num_points)
+    ends[[0, -1]] = 0.5
+    log_weight = np.log(np.prod(list(itertools.product(ends, repeat=len(axes))), axis=1))
+    log_weight += np.log(np.prod([axis[1] - axis[0] for axis in axes]))
+    log_mass = log_joint(z) + log_weight
+    log_evidence = special.logsumexp(log_mass)
+    mass = np.exp(log_mass - log_evidence)
+    mean = mass @ z
+    return log_evidence, mean, (mass[:, None] * (z - mean)).T @ (z - mean)
+
+
+def log_mean_exp(values, axis=0):
+    """log of the mean of exp(values) over an axis, of an array of any shape."""
+    return special.logsumexp(values, axis=axis) - np.log(np.shape(values)[axis])
+
+
+def finite_difference(f, x, step=1e-6):
+    """Gradient of a scalar function f at an array x of any shape, by central differences."""
+    x = np.asarray(x, float)
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        shift = np.zeros_like(x)
+        shift[i] = step
+        gradient[i] = (f(x + shift) - f(x - shift)) / (2 * step)
+    return gradient
+
+
+def kumaraswamy_log_density(v, a, b, digits=50):
+    """Log-density of one Kumaraswamy variable at v, in arithmetic of that many digits; v may be an mpmath number."""
+    with mpmath.workdps(digits):
+        v, a, b = mpmath.mpf(v), mpmath.mpf(a), mpmath.mpf(b)
+        return float(mpmath.log(a) + mpmath.log(b) + (a - 1) * mpmath.log(v) + (b - 1) * mpmath.log(1 - v**a))
+
+
+def kumaraswamy_beta_kl(a, b, alpha, beta, digits=30):
+    """KL(Kumaraswamy(a, b) || Beta(alpha, beta)) in nats, for numbers, by quadrature of the quantile function.
+
+    With s uniform and v = (1 - s^(1/b))^(1/a), the KL is the integral over s of the log-ratio of the densities at v.
+    """
+    with mpmath.workdps(digits):
+        a, b, alpha, beta = (mpmath.mpf(float(n)) for n in (a, b, alpha, beta))
+
+        def log_ratio(s):
+            log_t = mpmath.log(s) / b  # t = 1 - v^a
+            log_v = mpmath.log1p(-mpmath.exp(log_t)) / a
+            log_q = mpmath.log(a * b) + (a - 1) * log_v + (b - 1) * log_t
+            return log_q - (alpha - 1) * log_v - (beta - 1) * mpmath.log(-mpmath.expm1(log_v))
+
+        # The ends are singular like log(s) and log(1 - s); tanh-sinh quadrature copes, in pieces.
+        pieces = [0, mpmath.mpf(10) ** -6, mpmath.mpf(1) / 10, mpmath.mpf(1) / 2, mpmath.mpf(9) / 10, 1]
+        return float(mpmath.quad(log_ratio, pieces) + mpmath.log(mpmath.beta(alpha, beta)))
+
+
+def beta_kl(a, b, alpha, beta):
+    """KL(Beta(a, b) || Beta(alpha, beta)) in nats, closed form, elementwise over arrays of one shape."""
+    psi = special.digamma
+    return (special.betaln(alpha, beta) - special.betaln(a, b) + (a - alpha) * psi(a) + (b - beta) * psi(b)
+            + (alpha - a + beta - b) * psi(a + b))
+
+
+def langevin_chain_law(mean, precision, step_size, num_steps, start_mean, start_cov):
+    """Law of an unadjusted Langevin chain on N(mean, precision^-1): mean [K] and covariance [K, K] after num_steps.
+
+    The step z' = z - h precision (z - mean) + sqrt(2 h) noise, h = step_size^2 / 2, is linear, so the law stays normal;
+    means, precision, start as [K], [K, K], [K], [K, K].
+    """
+    h = 0.5 * np.square(step_size)
+    transition = np.eye(len(mean)) - h * np.asarray(precision)
+    m, cov = np.asarray(start_mean, float), np.asarray(start_cov, float)
+    for _ in range(num_steps):
+        m = mean + transition @ (m - mean)
+        cov = transition @ cov @ transition.T + 2 * h * np.eye(len(mean))
+    return m, cov

@@ -1,0 +1,100 @@
+"""The oracles against each other and against SciPy: an oracle that is wrong would be believed."""
+
+import mpmath
+import numpy as np
+import pytest
+from scipy import integrate, stats
+
+from dlgm_tutorial import oracles
+from dlgm_tutorial.checks import check_close, check_mc
+
+RNG = np.random.default_rng(0)
+N, D, K = 6, 4, 2
+WEIGHT, BIAS, X = RNG.standard_normal((D, K)), RNG.standard_normal(D), RNG.standard_normal((N, D))
+NOISE_VAR = np.array([0.3, 0.5, 0.2, 1.1])
+COV = 0.5 * np.eye(D) + WEIGHT @ WEIGHT.T
+
+
+def test_gaussian_density_and_kl_match_scipy():
+    normal = stats.multivariate_normal(BIAS, COV)
+    check_close(oracles.gaussian_log_density(X, BIAS, COV), normal.logpdf(X), 1e-12)
+    assert np.isclose(oracles.gaussian_log_density(X[0], BIAS, COV), normal.logpdf(X[0]), rtol=1e-13)
+    draws = normal.rvs(50_000, random_state=1)
+    other = np.diag(NOISE_VAR) + 1.0
+    ratio = normal.logpdf(draws) - stats.multivariate_normal(X[0], other).logpdf(draws)
+    check_mc(ratio, oracles.gaussian_kl(BIAS, COV, X[0], other))
+
+
+def test_conditioning_factorises_the_joint():
+    """p(a, b) = p(b) p(a | b) at any point."""
+    observed, rest = np.array([2, 0]), np.array([1, 3])
+    mean, cov = oracles.condition_gaussian(BIAS, COV, observed, X[0, observed])
+    parts = (oracles.gaussian_log_density(X[0, rest], mean, cov)
+             + oracles.gaussian_log_density(X[0, observed], BIAS[observed], COV[np.ix_(observed, observed)]))
+    check_close(parts, oracles.gaussian_log_density(X[0], BIAS, COV), 1e-12)
+
+
+@pytest.mark.parametrize("noise_var", [0.4, NOISE_VAR, np.diag(NOISE_VAR) + 0.1])
+def test_bayes_rule_holds_for_the_linear_gaussian_model(noise_var):
+    """log p(x) = log p(z) + log p(x | z) - log p(z | x), whatever z."""
+    noise = noise_var if np.ndim(noise_var) == 2 else np.diag(np.broadcast_to(noise_var, D))
+    mean, cov = oracles.linear_gaussian_posterior(X, WEIGHT, BIAS, noise_var)
+    z = np.array([0.7, -1.9])
+    want = [oracles.gaussian_log_density(z, np.zeros(K), np.eye(K)) - oracles.gaussian_log_density(z, m, cov) for m in mean]
+    want += oracles.gaussian_log_density(X, BIAS + WEIGHT @ z, noise)
+    check_close(oracles.linear_gaussian_evidence(X, WEIGHT, BIAS, noise_var), want, 1e-11)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_grid_gives_the_evidence_and_posterior_of_a_linear_model(k):
+    log_joint = lambda z: oracles.gaussian_log_density(z, np.zeros(k), np.eye(k)) + np.array(
+        [oracles.gaussian_log_density(X[0], BIAS + WEIGHT[:, :k] @ point, np.diag(NOISE_VAR)) for point in z])
+    evidence, mean, cov = oracles.grid_posterior(log_joint, -6 * np.ones(k), 6 * np.ones(k), 101)
+    want_mean, want_cov = oracles.linear_gaussian_posterior(X[:1], WEIGHT[:, :k], BIAS, NOISE_VAR)
+    check_close(evidence, oracles.linear_gaussian_evidence(X[:1], WEIGHT[:, :k], BIAS, NOISE_VAR)[0], 1e-8)
+    check_close(mean, want_mean[0], 1e-8)
+    check_close(cov, want_cov, 1e-8)
+
+
+def test_gauss_hermite_integrates_polynomials_exactly():
+    mean, cov = np.array([0.3, -0.7]), np.array([[0.9, 0.35], [0.35, 0.5]])
+    moments = oracles.gauss_hermite(lambda z: z[:, :, None] * z[:, None, :], mean, cov, 4)
+    check_close(moments, cov + np.outer(mean, mean), 1e-13)
+    # E sin(z_0) z_1^2, case H of the brief on stochastic backpropagation.
+    check_close(oracles.gauss_hermite(lambda z: np.sin(z[:, 0]) * z[:, 1] ** 2, mean, cov), -0.13501846274735985, 1e-13)
+
+
+@pytest.mark.parametrize(("parameters", "want"), [
+    ((2, 3, 1, 5), 1.398988223460621), ((1.5, 0.6, 1, 5), 6.644215715093428), ((1.2, 0.25, 1, 5), 16.76697334703447),
+    ((3, 0.4, 1, 2), 4.102286008718463), ((0.5, 0.7, 1, 1), 0.1645128438477777), ((5, 2, 1, 4), 4.129385969969393),
+    ((0.8, 4, 2, 3), 1.408902431254843), ((2, 2, 1, 1), 0.1362943611198906), ((2.5, 1.5, 1, 4), 2.697706841385140),
+    ((0.3, 0.3, 0.5, 0.5), 0.1367195920037349), ((2, 1, 3, 2), 0.208240530771945)])
+def test_kumaraswamy_beta_kl_reference_values(parameters, want):
+    check_close(oracles.kumaraswamy_beta_kl(*parameters), want, 1e-9)
+
+
+def test_kumaraswamy_is_a_beta_where_a_is_one():
+    check_close(oracles.kumaraswamy_beta_kl(1, 3.5, 2, 0.7), oracles.beta_kl(1, 3.5, 2, 0.7), 1e-9)
+    check_close(oracles.kumaraswamy_log_density(0.3, 1, 3.5), stats.beta(1, 3.5).logpdf(0.3), 1e-13)
+    p, q = stats.beta(2, 3), stats.beta(1.5, 0.8)
+    want, _ = integrate.quad(lambda v: p.pdf(v) * (p.logpdf(v) - q.logpdf(v)), 0, 1)
+    check_close(oracles.beta_kl(2, 3, 1.5, 0.8), want, 1e-9)
+
+
+def test_langevin_law_matches_a_simulation_and_its_stationary_variance():
+    precision, mean = np.array([[2.0, 0.6], [0.6, 1.0]]), np.array([0.5, -1.0])
+    z = np.zeros((20_000, K))
+    for _ in range(7):
+        z = z - 0.045 * (z - mean) @ precision + 0.3 * RNG.standard_normal(z.shape)
+    m, cov = oracles.langevin_chain_law(mean, precision, 0.3, 7, np.zeros(K), np.zeros((K, K)))
+    check_mc(z, m)
+    check_mc((z - m)[:, :, None] * (z - m)[:, None, :], cov)
+    # One dimension, precision 4, h = 0.02: variance 1 / (4 (1 - h 4 / 2)) in the long run.
+    _, cov = oracles.langevin_chain_law([0.0], [[4.0]], 0.2, 2000, [3.0], [[0.0]])
+    check_close(cov, [[1 / (4 * (1 - 0.04))]], 1e-12)
+
+
+def test_small_helpers():
+    check_close(oracles.log_mean_exp(np.array([[1000.0, 0.0], [1000.0, 0.0]])), [1000.0, 0.0], 1e-9)
+    check_close(oracles.finite_difference(lambda x: float(np.sum(x**3)), np.array([[1.0, 2.0]])), [[3.0, 12.0]], 1e-6)
+    assert mpmath.mp.dps == 15  # no oracle leaves a changed precision behind
