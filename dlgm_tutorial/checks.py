@@ -41,7 +41,7 @@ def _conclude(ok, label, what, rule, **record):
     if path:
         with open(path, "a") as file:
             file.write(json.dumps({"label": label, "what": what, "rule": rule, **record}) + "\n")
-    title = f"{label} · {what}" if what else label
+    title = " · ".join(filter(None, (label, what)))
     if not ok:
         raise CheckError(f"{title}: expected {rule}; {record}")
     print(f"ok   {title} · {rule}")
