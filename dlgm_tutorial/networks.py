@@ -108,7 +108,7 @@ def conv_decoder(num_inputs, image_shape, channels=(64, 32), activation="relu", 
 
 
 def weights_of(net):
-    """Return the linear layers of net, an nn.Sequential, as NumPy pairs [(W [out, in], b [out]), ...], as in `scratch`."""
+    """Return the linear layers of net, an nn.Sequential, as NumPy pairs [(W [out, in], b [out]), ...]."""
     return [(layer.weight.detach().cpu().numpy().copy(), layer.bias.detach().cpu().numpy().copy())
             for layer in net if isinstance(layer, nn.Linear)]
 
