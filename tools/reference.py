@@ -85,7 +85,7 @@ def run_times():
     for source in pages():
         record = recorded(source)
         title = re.search(r"(?m)^# (.*)$", source.read_text()).group(1)
-        link = f"[{title}](../{source.relative_to(ROOT / 'book').with_suffix('.ipynb').as_posix()})"
+        link = f"[{title}]({source.relative_to(ROOT / 'book').with_suffix('.ipynb').as_posix()})"
         lines.append(f"| {link} | {record['seconds'] if record else '—'} |")
     return "\n".join(lines)
 
