@@ -47,8 +47,29 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install -q --no-deps -e .
 	touch $(READY)
 
-clean:           ## remove the built book and the environment
-	rm -rf _build .venv .pytest_cache
+test-quick: $(READY)         ## unit tests alone, for daily work: under two minutes
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests --ignore tests/test_html.py
 
-.PHONY: help book test notebooks scratch clean
+test-all: book               ## everything, for the night: also 20 kills, every page twice, in the browser and on Colab
+	PYTHONWARNINGS=error::RuntimeWarning $(BIN)/python -m pytest -rs -n 2 --dist loadscope -m "slow or not slow"
+
+passport: $(READY)           ## run notebooks as Colab would: make passport NB=book/03_x/02_y.ipynb (none: all)
+	$(BIN)/python tools/colab.py $(NB)
+
+bench: .venv-bench/ready     ## time the package beside its peers: make bench [BENCH=training_step]
+	.venv-bench/bin/python -m benchmarks $(BENCH)
+
+.venv-bench/ready: requirements.txt benchmarks/requirements.txt
+	rm -rf .venv-bench
+	$(PYTHON) -m venv .venv-bench || { rm -rf .venv-bench; $(PYTHON) -m venv --without-pip .venv-bench \
+	  && $(PYTHON) -m pip --python .venv-bench/bin/python install -q pip; }
+	.venv-bench/bin/python -m pip install -q --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.txt)"
+	.venv-bench/bin/python -m pip install -q -c requirements.txt -r benchmarks/requirements.txt \
+	  numpy scipy autograd scikit-learn pooch mpmath matplotlib
+	touch $@
+
+clean:           ## remove the built book and the environment
+	rm -rf _build .venv .venv-bench build .pytest_cache
+
+.PHONY: help book test test-quick test-all passport notebooks scratch bench clean
 .DEFAULT_GOAL := help

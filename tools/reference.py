@@ -1,4 +1,4 @@
-"""The two generated parts of the book, made before each build: the equation ledger and the run times.
+"""The generated parts of the book, made before each build: the equation ledger, the run times and the benchmarks.
 
 Written to book/_generated/, which pages include. The ledger joins three things: the labelled equations of the pages,
 the checks that name a label (as the pages last ran, book/results/pages), and the docstrings that name it.
@@ -90,8 +90,28 @@ def run_times():
     return "\n".join(lines)
 
 
+def benchmarks():
+    """A section for each file that `make bench` wrote: its table, its aim, and what it ran on."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        record = json.loads(path.read_text())
+        parts += [f"## {record['title']}", "", f"Aim: {record['aim']}.", ""]
+        parts += [record["note"], ""] if record.get("note") else []
+        for unit, report in record["reports"].items():
+            parts += [f"| {unit} | ratio | quartiles | seconds |", "|---|---|---|---|"]
+            parts += [f"| {name} | {row['ratio']:.2f} | [{row['low']:.2f}, {row['high']:.2f}] | {row['seconds']:.3g} |"
+                      for name, row in report.items()]
+            parts.append("")
+        machine, versions = record["machine"], record["versions"]
+        parts += [f"{len(next(iter(report.values()))['ratios'])} rounds on {machine['gpu'] or machine['processor']}, "
+                  f"{machine['threads']} thread, load {machine['load'][0]:.1f} of {machine['cores']} cores; "
+                  f"torch {versions['torch']}; {record['date'][:10]}; `{record['command']}`", ""]
+    return "\n".join(parts)
+
+
 def main():
     OUT.mkdir(exist_ok=True)
+    (OUT / "benchmarks.md").write_text(benchmarks() + "\n")
     (OUT / "ledger.md").write_text(ledger() + "\n")
     (OUT / "run_times.md").write_text(run_times() + "\n")
 
