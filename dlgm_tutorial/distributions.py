@@ -28,7 +28,6 @@ class _Reparameterised(Distribution):
     """What the distributions share: parameters checked at construction, noise checked or drawn in `rsample`."""
 
     has_rsample = True
-    arg_constraints = {}  # checked by _check_parameters, whose messages name the argument
     _draw = staticmethod(torch.randn)  # the law of the noise
 
     def _initialise(self, validate_args, **parameters):
@@ -42,7 +41,9 @@ class _Reparameterised(Distribution):
                 raise TypeError(f"{name} is {value.dtype} on {value.device}, "
                                 f"{first_name} is {first.dtype} on {first.device}")
             setattr(self, name, value)
-        super().__init__(first.shape[:-1], first.shape[-1:], validate_args=validate_args)
+        super().__init__(first.shape[:-1], first.shape[-1:], validate_args=False)
+        if validate_args is not False:  # checked here, so that the message names the argument
+            self._validate_args = validate_args or Distribution._validate_args
         # A check reads the values back from the device, so it is left out where a graph is captured or compiled.
         if self._validate_args and not torch.compiler.is_compiling() and not (
                 first.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -107,6 +108,8 @@ class DiagonalNormal(_Normal):
     (torch.Size([5, 3, 2]), tensor([0., 0., 0.]))
     """
 
+    arg_constraints = {"loc": constraints.real_vector, "log_var": constraints.real_vector}
+
     def __init__(self, loc, log_var, validate_args=None):
         _require(loc.shape == log_var.shape,
                  f"log_var must have the shape of loc, {_shape(loc)}, got {_shape(log_var)}")
@@ -157,6 +160,8 @@ class RankOnePrecisionNormal(_Normal):
              [-0.3333,  0.6667]]], dtype=torch.float64)
     """
 
+    arg_constraints = {name: constraints.real_vector for name in ("loc", "log_d", "u")}
+
     def __init__(self, loc, log_d, u, validate_args=None):
         _require(loc.shape == log_d.shape, f"log_d must have the shape of loc, {_shape(loc)}, got {_shape(log_d)}")
         _require(loc.shape == u.shape, f"u must have the shape of loc, {_shape(loc)}, got {_shape(u)}")
@@ -201,6 +206,8 @@ class LowRankPrecisionNormal(_Normal):
     eigenvectors, whose gradients fail where eigenvalues coincide, and for r = 1 it is the rank-one factor.
     Cost O(K r^2 + r^3).
     """
+
+    arg_constraints = {"loc": constraints.real_vector, "log_d": constraints.real_vector, "U": constraints.real}
 
     def __init__(self, loc, log_d, U, validate_args=None):
         _require(loc.shape == log_d.shape, f"log_d must have the shape of loc, {_shape(loc)}, got {_shape(log_d)}")
@@ -248,6 +255,8 @@ class FullNormal(_Normal):
 
     loc: [..., K]; scale_tril: [..., K, K]; entries above the diagonal must be zero.
     """
+
+    arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
 
     def __init__(self, loc, scale_tril, validate_args=None):
         _require(scale_tril.shape == loc.shape + loc.shape[-1:],
@@ -316,7 +325,8 @@ class Kumaraswamy(_Reparameterised):
     tensor([0.6667])
     """
 
-    support = constraints.unit_interval
+    support = constraints.independent(constraints.unit_interval, 1)
+    arg_constraints = {"a": constraints.positive, "b": constraints.positive}
     _draw = staticmethod(torch.rand)
 
     def __init__(self, a, b, validate_args=None):
