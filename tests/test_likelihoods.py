@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from mpmath import mp
 from scipy import special, stats
 
 from dlgm_tutorial.checks import check_close, check_mc
@@ -80,3 +81,17 @@ def test_dtype_is_that_of_the_arguments(dtype):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("logit", [-700.0, -50.001, -49.9, -20.1, -1.0, 0.0, 19.9, 36.0, 50.1, 700.0])
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_bernoulli_keeps_all_digits_of_a_sure_pixel(logit, pixel):
+    """Value and gradient, relative to 1e-15, against 800 digits: also on both sides of a threshold inside."""
+    parameter = torch.tensor([logit], dtype=torch.float64, requires_grad=True)
+    value = Bernoulli(parameter).log_prob(torch.tensor([pixel], dtype=torch.float64))
+    value.backward()
+    sign = 1 if pixel else -1
+    with mp.workdps(800):
+        odds = mp.exp(sign * mp.mpf(logit))
+        assert abs(value.item() / -mp.log(1 + 1 / odds) - 1) < 1e-15
+        assert abs(parameter.grad.item() / (sign / (1 + odds)) - 1) < 1e-15
