@@ -62,3 +62,104 @@ def low_rank_log_prob(x, loc, weight, noise_var):
     quadratic = np.sum(residual**2 / noise_var, 1) - np.sum(explained**2, 0)
     log_det = np.sum(np.log(noise_var)) + 2.0 * np.sum(np.log(np.diag(tril)))
     return -0.5 * (quadratic + log_det + len(loc) * np.log(2 * np.pi))
+
+
+# --- book/00_toolbox/04_logsumexp.ipynb, cell ed9df7ef
+import autograd.numpy as np
+from scipy.special import erfc, erfcx
+
+
+# --- book/00_toolbox/04_logsumexp.ipynb, cell 09b35f65
+def logsumexp(a, axis=0):
+    """log of the sum of exp(a) along one axis (eq-tb-lse); -inf for no mass at all."""
+    top = np.max(a, axis=axis, keepdims=True)
+    top = np.where(np.isfinite(top), top, 0.0)  # all entries -inf: avoid inf - inf
+    return np.log(np.sum(np.exp(a - top), axis=axis)) + np.squeeze(top, axis)
+
+
+def log_mean_exp(a, axis=0):
+    """log of the mean of exp(a) along one axis."""
+    return logsumexp(a, axis) - np.log(a.shape[axis])
+
+
+# --- book/00_toolbox/04_logsumexp.ipynb, cell e2d8c35b
+def softplus(a):
+    """log(1 + exp(a)), for any a (eq-tb-softplus)."""
+    return np.maximum(a, 0.0) + np.log1p(np.exp(-np.abs(a)))
+
+
+def bernoulli_log_prob(x, logits):
+    """log p(x | logits) in nats, summed over the last axis (eq-tb-bernoulli)."""
+    return np.sum(x * logits - softplus(logits), -1)
+
+
+# --- book/00_toolbox/04_logsumexp.ipynb, cell 8292cf5b
+def log1mexp(d):
+    """log(1 - exp(-d)) for d > 0 (eq-tb-log1mexp)."""
+    small = np.minimum(d, np.log(2.0))  # each branch sees only numbers it can take
+    large = np.maximum(d, np.log(2.0))
+    near = np.log(-np.expm1(-small))
+    return np.where(d > np.log(2.0), np.log1p(-np.exp(-large)), near)
+
+
+# --- book/00_toolbox/04_logsumexp.ipynb, cell da3b0faf
+def log_ndtr(a):
+    """log of the standard normal distribution function, for any a (eq-tb-log-ndtr)."""
+    low, high = np.minimum(a, 0.0), np.maximum(a, 0.0)
+    left_tail = np.log(0.5 * erfcx(-low / np.sqrt(2))) - 0.5 * low**2
+    return np.where(a <= 0, left_tail, np.log1p(-0.5 * erfc(high / np.sqrt(2))))
+
+
+def log_interval(a, b):
+    """log(Phi(b) - Phi(a)) for a < b, however far out (eq-tb-log-interval)."""
+    mirror = a > 0
+    low, high = np.where(mirror, -b, a), np.where(mirror, -a, b)
+    log_high = log_ndtr(high)
+    return log_high + log1mexp(log_high - log_ndtr(low))
+
+
+# --- book/00_toolbox/05_montecarlo.ipynb, cell 49530f04
+import autograd.numpy as np
+
+
+# --- book/00_toolbox/05_montecarlo.ipynb, cell abca818b
+def mean_and_error(values):
+    """Mean of independent draws [S, ...] and its standard error (eq-tb-mc-variance)."""
+    return np.mean(values, 0), np.std(values, 0, ddof=1) / np.sqrt(len(values))
+
+
+# --- book/00_toolbox/05_montecarlo.ipynb, cell 6a5a3b60
+def log_ess(log_w, axis=0):
+    """log of the effective sample size of log weights (eq-tb-ess)."""
+    top = np.max(log_w, axis=axis, keepdims=True)  # it cancels in the ratio
+    w = np.exp(log_w - top)
+    return 2 * np.log(np.sum(w, axis=axis)) - np.log(np.sum(w**2, axis=axis))
+
+
+def second_moment(loc, scale, loc_q, scale_q):
+    """1 + rho for posterior N(loc, scale^2) and its proposal (eq-tb-ess-normal)."""
+    spare = 2 * scale_q**2 - scale**2
+    if spare <= 0:
+        return np.inf
+    return scale_q**2 / (scale * np.sqrt(spare)) * np.exp((loc - loc_q) ** 2 / spare)
+
+
+# --- book/00_toolbox/06_autograd.ipynb, cell 0c92ab7b
+import autograd.numpy as np
+from autograd import grad, make_vjp, value_and_grad
+
+
+# --- book/00_toolbox/06_autograd.ipynb, cell 63b31a14
+def directional_difference(f, v, direction, step=1e-5):
+    """Derivative of f at v along a direction, by differences (eq-tb-difference)."""
+    return (f(v + step * direction) - f(v - step * direction)) / (2 * step)
+
+
+# --- book/00_toolbox/06_autograd.ipynb, cell 1cb832b0
+def gradient_descent(objective, params, step_size, num_steps):
+    """Follow minus the gradient of objective(params), params a list of arrays."""
+    step = value_and_grad(objective)
+    for _ in range(num_steps):
+        _, gradient = step(params)
+        params = [p - step_size * g for p, g in zip(params, gradient, strict=True)]
+    return params
