@@ -111,7 +111,7 @@ class LinearGaussian(nn.Module):
         return self._log_joint(x, z, observed)
 
     def posterior(self, x, observed=None):
-        """Posterior N(m, M^-1) of the latents (eq-ei-posterior): x [B, D] -> FullNormal over [B, K]."""
+        """Posterior N(m, Lambda^-1) of the latents (eq-ei-posterior): x [B, D] -> FullNormal over [B, K]."""
         x, observed = self._check(x, observed)
         loc, scale_tril = self._posterior(x, observed)
         return FullNormal(loc, scale_tril.expand(*loc.shape, loc.shape[-1]))
@@ -152,7 +152,7 @@ class LinearGaussian(nn.Module):
         return at_mean + 0.5 * (loc.shape[-1] * (1 + LOG_2PI) + log_det - curvature)
 
     def mean_field(self, x, observed=None):
-        """Best approximation with independent latents: mean m, variances 1 / M_kk (eq-ei-mean-field).
+        """Best approximation with independent latents: mean m, variances 1 / Lambda_kk (eq-ei-mean-field).
 
         x [B, D] -> DiagonalNormal over [B, K].
         """
@@ -162,7 +162,7 @@ class LinearGaussian(nn.Module):
         return DiagonalNormal(loc, -diagonal.log().expand(loc.shape))
 
     def mean_field_gap(self, x, observed=None):
-        """Evaluate what it costs, 1/2 (sum_k log M_kk - log |M|) (eq-ei-mean-field-gap): x [B, D] -> [B], nats.
+        """Evaluate what it costs, 1/2 (sum_k log Lambda_kk - log |Lambda|) (eq-ei-mean-field-gap): x [B, D] -> [B], nats.
 
         It depends on what was observed, not on the values seen there.
         """
@@ -231,7 +231,7 @@ class LinearGaussian(nn.Module):
         return -0.5 * (squares + constant + z.square().sum(-1) + z.shape[-1] * LOG_2PI)
 
     def _precision(self, observed):
-        """M = I + W^T diag(observed / noise_var) W (eq-ei-posterior): [K, K], or [B, K, K] by one matrix product."""
+        """Lambda = I + W^T diag(observed / noise_var) W (eq-ei-posterior): [K, K], or [B, K, K] by one matrix product."""
         weight, (num_data, num_latents) = self.weight, self.weight.shape
         eye = torch.eye(num_latents, dtype=weight.dtype, device=weight.device)
         scaled = weight / self.noise_var[:, None]
@@ -249,7 +249,7 @@ class LinearGaussian(nn.Module):
         return (scale_tril @ (scale_tril.mT @ evidence[..., None])).squeeze(-1), scale_tril
 
     def _evidence(self, x, observed):
-        """log p(x) = log p(x, m) + K/2 log 2 pi - 1/2 log |M|: residuals at m, so nothing large is subtracted."""
+        """log p(x) = log p(x, m) + K/2 log 2 pi - 1/2 log |Lambda|: residuals at m, so nothing large is subtracted."""
         loc, scale_tril = self._posterior(x, observed)
         log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self._log_joint(x, loc[None], observed)[0] + 0.5 * loc.shape[-1] * LOG_2PI + log_det
