@@ -10,9 +10,10 @@ import mpmath
 import numpy as np
 from scipy import special
 
-__all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite", "gaussian_kl", "gaussian_log_density",
-           "grid_posterior", "kumaraswamy_beta_kl", "kumaraswamy_log_density", "langevin_chain_law",
-           "linear_gaussian_evidence", "linear_gaussian_posterior", "log_mean_exp"]
+__all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite", "gaussian_kl",
+           "gaussian_log_density", "gaussian_path_density", "grid_posterior", "kumaraswamy_beta_kl",
+           "kumaraswamy_log_density", "kumaraswamy_nodes", "langevin_chain_law", "linear_gaussian_evidence",
+           "linear_gaussian_posterior", "log_mean_exp", "log_normal", "mixture_bounds_1d"]
 
 
 def gaussian_log_density(x, mean, cov):
@@ -131,15 +132,20 @@ def kumaraswamy_beta_kl(a, b, alpha, beta, digits=30):
     with mpmath.workdps(digits):
         a, b, alpha, beta = (mpmath.mpf(float(n)) for n in (a, b, alpha, beta))
 
-        def log_ratio(s):
-            log_t = mpmath.log(s) / b  # t = 1 - v^a
-            log_v = mpmath.log1p(-mpmath.exp(log_t)) / a
-            log_q = mpmath.log(a * b) + (a - 1) * log_v + (b - 1) * log_t
-            return log_q - (alpha - 1) * log_v - (beta - 1) * mpmath.log(-mpmath.expm1(log_v))
+        def log1mexp(y):
+            return mpmath.log(-mpmath.expm1(y)) if y > -1 else mpmath.log1p(-mpmath.exp(y))
 
-        # The ends are singular like log(s) and log(1 - s); tanh-sinh quadrature copes, in pieces.
-        pieces = [0, mpmath.mpf(10) ** -6, mpmath.mpf(1) / 10, mpmath.mpf(1) / 2, mpmath.mpf(9) / 10, 1]
-        return float(mpmath.quad(log_ratio, pieces) + mpmath.log(mpmath.beta(alpha, beta)))
+        def log_ratio(log_s):
+            log_t = log_s / b  # t = 1 - v^a
+            log_v = log1mexp(log_t) / a
+            log_q = mpmath.log(a * b) + (a - 1) * log_v + (b - 1) * log_t
+            return log_q - (alpha - 1) * log_v - (beta - 1) * log1mexp(log_v)
+
+        # The ends are singular like log(s) and log(1 - s); tanh-sinh quadrature copes, in pieces, from each end.
+        pieces = [0, mpmath.mpf(10) ** -6, mpmath.mpf(1) / 10, mpmath.mpf(1) / 2]
+        lower = mpmath.quad(lambda s: log_ratio(mpmath.log(s)), pieces)
+        upper = mpmath.quad(lambda r: log_ratio(mpmath.log1p(-r)), pieces)
+        return float(lower + upper + mpmath.log(mpmath.beta(alpha, beta)))
 
 
 def beta_kl(a, b, alpha, beta):
@@ -162,3 +168,71 @@ def langevin_chain_law(mean, precision, step_size, num_steps, start_mean, start_
         m = mean + transition @ (m - mean)
         cov = transition @ cov @ transition.T + 2 * h * np.eye(len(mean))
     return m, cov
+
+
+# --- Chapter 3: mixture latents
+
+def log_normal(z, mean, scale):
+    """log N(z; mean, scale^2) of numbers or arrays that broadcast."""
+    return -0.5 * ((z - mean) / scale) ** 2 - np.log(scale) - 0.5 * np.log(2 * np.pi)
+
+
+def kumaraswamy_nodes(a, b, num_nodes=400):
+    """Nodes v and weights [N] of a rule for E f(v), v Kumaraswamy(a, b): Gauss-Legendre on the quantile."""
+    r, w = special.roots_legendre(num_nodes)
+    r, w = (r + 1) / 2, w / 2
+    s = r**3 * (10 - 15 * r + 6 * r**2)
+    return (1 - s ** (1 / b)) ** (1 / a), 30 * (r * (1 - r)) ** 2 * w
+
+
+def mixture_bounds_1d(x, prior_loc, prior_scale, slope, intercept, noise_scale, loc, scale, a, b, alpha, beta,
+                      rho=None):
+    """All bounds of a two-component model with one latent and a linear decoder, by quadrature: a dict.
+
+    x a number; prior_loc, prior_scale, loc, scale, rho: pairs; x | z ~ N(slope z + intercept, noise_scale^2);
+    q(pi_1) is Kumaraswamy(a, b), p(pi_1) Beta(alpha, beta). Keys: log_px, kl, mean_weights, R, C, H, entropy, cross,
+    diagonal, paper, indicator, mixture, hybrid; with rho also collapsed, collapsed_mixture, siw (one draw a component).
+    """
+    loc, scale, prior_loc, prior_scale = (np.asarray(n, float) for n in (loc, scale, prior_loc, prior_scale))
+    v, w = kumaraswamy_nodes(a, b)
+    mean = np.array([w @ v, w @ (1 - v)])
+    z, h = np.linspace(-12.0, 12.0, 6001, retstep=True)
+    q = np.exp(log_normal(z[:, None], loc, scale))  # [Z, 2]
+    p = np.exp(log_normal(z[:, None], prior_loc, prior_scale))
+    log_px_z = log_normal(x, slope * z + intercept, noise_scale)
+    R, C, H = (h * (q * f).sum(0) for f in (log_px_z[:, None], log_normal(z[:, None], prior_loc, prior_scale),
+                                          -log_normal(z[:, None], loc, scale)))
+    prior_mean = alpha / (alpha + beta)
+    log_px = np.log(h * (np.exp(log_px_z) * (p @ [prior_mean, 1 - prior_mean])).sum())
+    pi = np.stack([v, 1 - v])  # [2, N]
+    q_mix, p_mix = q @ pi, p @ pi  # [Z, N]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = w @ np.nan_to_num(-q_mix * np.log(q_mix)).sum(0) * h
+        cross = w @ np.nan_to_num(q_mix * np.log(p_mix)).sum(0) * h
+    nodes, weights = special.roots_hermitenorm(80)
+    weights = weights / weights.sum()
+    own = np.exp(-0.5 * nodes**2)[:, None] / (np.sqrt(2 * np.pi) * scale)  # each component at its own draw
+    diagonal = sum(wn * weights @ -np.log(n * own[:, :1] + (1 - n) * own[:, 1]) @ weights
+                   for n, wn in zip(v, w, strict=True))
+    kl = kumaraswamy_beta_kl(a, b, alpha, beta)
+    base = mean @ (R + C) - kl
+    found = dict(log_px=log_px, kl=kl, mean_weights=mean, R=R, C=C, H=H, entropy=entropy, cross=cross,
+                 diagonal=diagonal, paper=base + diagonal, indicator=base + mean @ H,
+                 mixture=mean @ R + cross + entropy - kl, hybrid=base + entropy)
+    if rho is not None:
+        rho, prior_w = np.asarray(rho), np.array([prior_mean, 1 - prior_mean])
+        found["collapsed"] = rho @ (R + C + H + np.log(prior_w) - np.log(rho))
+        log_q = lambda z: np.log(np.exp(log_normal(z[..., None], loc, scale)) @ rho)
+        log_w = lambda z: (log_normal(x, slope * z + intercept, noise_scale)
+                           + np.log(np.exp(log_normal(z[..., None], prior_loc, prior_scale)) @ prior_w) - log_q(z))
+        z = loc + scale * nodes[:, None]
+        log_weight = log_w(z)  # [nodes, 2]
+        found["collapsed_mixture"] = weights @ (log_weight @ rho)
+        both = np.log(rho[0] * np.exp(log_weight[:, None, 0]) + rho[1] * np.exp(log_weight[None, :, 1]))
+        found["siw"] = weights @ both @ weights
+    return found
+
+
+def gaussian_path_density(x, paths):
+    """log sum_p w_p N(x; mean_p, cov_p): x [D], paths a list of (weight, mean [D], cov [D, D])."""
+    return special.logsumexp([np.log(w) + gaussian_log_density(x, mean, cov) for w, mean, cov in paths])
