@@ -65,8 +65,8 @@ def knn_errors(model, train, test, run, neighbours=(3, 5, 10)):
     for name, draw in (("samples", True), ("means", False)):
         z, z_test = latents(model, tensor(train.x), run, draw), latents(model, tensor(test.x), run, draw)
         for k in neighbours:
-            fitted = KNeighborsClassifier(k).fit(z, train.y)
-            figures[f"knn_{name}_{k}"] = 100 * float((fitted.predict(z_test) != test.y).mean())
+            fitted = KNeighborsClassifier(k).fit(z, np.asarray(train.y))
+            figures[f"knn_{name}_{k}"] = 100 * float((fitted.predict(z_test) != np.asarray(test.y)).mean())
     return figures
 
 
