@@ -264,13 +264,17 @@ class EMResult(NamedTuple):
     log_likelihoods: torch.Tensor
 
 
-def em_step(weight, noise_var, covariance, *, noise="diagonal", min_noise_var=0.0):
+def em_step(weight, noise_var, covariance, *, noise="diagonal", min_noise_var=0.0, expand=False):
     """Take one EM step from the data's covariance alone (eq-ei-em-weight, eq-ei-em-noise).
 
     weight [..., D, K], noise_var [..., D], covariance [D, D] (about the data's mean, divided by N); noise: "diagonal"
     for factor analysis, "isotropic" for PPCA; min_noise_var: floor of the variances. Leading dimensions are separate
     problems, solved side by side. Returns (weight, noise_var, log_likelihood [...]): the new parameters, and the mean
     of log p(x) in nats at the old ones. The cost is D^2 K, whatever the number of data.
+
+    expand: let the prior's covariance be learnt too, then take it into the weights: W L with L L^T the mean of
+    E z z^T. The likelihood still never falls, the maximum is the same, and where the weights start at a wrong length
+    it is reached in a hundredth of the steps. Source: Liu, Rubin and Wu (1998), parameter-expanded EM.
     """
     num_data, num_latents = weight.shape[-2:]
     scaled = weight / noise_var[..., None]
@@ -283,8 +287,11 @@ def em_step(weight, noise_var, covariance, *, noise="diagonal", min_noise_var=0.
     log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + noise_var.log().sum(-1)
     squares = (total / noise_var).sum(-1) - (cross * scaled).sum((-2, -1))
     log_likelihood = -0.5 * (num_data * LOG_2PI + log_det + squares)
-    weight = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(second_moment)).mT
+    length = torch.linalg.cholesky(second_moment)
+    weight = torch.cholesky_solve(cross.mT, length).mT
     noise_var = total - (weight * cross).sum(-1)
+    if expand:
+        weight = weight @ length
     if noise == "isotropic":
         noise_var = noise_var.mean(-1, keepdim=True).expand(noise_var.shape)
     return weight, noise_var.clamp(min=min_noise_var), log_likelihood
@@ -330,14 +337,16 @@ def fit_ppca(x, num_latents, *, min_noise_var=1e-6):
     return EMResult(model, log_likelihood[None].to(x.dtype))
 
 
-def fit_factor_analysis(x, num_latents, *, noise="diagonal", start=None, num_steps=1000, tol=1e-7, min_noise_var=1e-6):
+def fit_factor_analysis(x, num_latents, *, noise="diagonal", start=None, num_steps=1000, tol=1e-7, min_noise_var=1e-6,
+                        expand=False):
     """Fit factor analysis by EM (eq-ei-em-weight, eq-ei-em-noise) on the mean and the covariance of the data.
 
     x: [N, D]; num_latents: K, from 0 to D - 1; noise: "diagonal", or "isotropic" for PPCA by EM; start: (weight [D, K],
     noise_var [D]), default the PPCA solution of the correlations, so that the units of the coordinates do not matter;
     num_steps: at most so many; tol: stop when a step gains less, in nats per example (0: never); min_noise_var: floor
     of the noise variances, in the units of x squared: the likelihood has no maximum where a coordinate can be predicted
-    without error, a pixel that never changes being the plainest case.
+    without error, a pixel that never changes being the plainest case; expand: parameter-expanded EM, often far fewer
+    steps (see `em_step`).
     The work is in float64 whatever x is. Returns EMResult; log_likelihoods [T] never falls.
     Source: Rubin and Thayer (1982). Raises ValueError for bad shapes, values that are not finite, or K out of range.
 
@@ -360,7 +369,7 @@ def fit_factor_analysis(x, num_latents, *, noise="diagonal", start=None, num_ste
                  f"got {list(weight.shape)} and {list(noise_var.shape)}")
     history = []
     for step in range(num_steps + 1):
-        *new, value = em_step(weight, noise_var, covariance, noise=noise, min_noise_var=min_noise_var)
+        *new, value = em_step(weight, noise_var, covariance, noise=noise, min_noise_var=min_noise_var, expand=expand)
         history.append(value)
         if step == num_steps or (step > 0 and tol > 0 and value - history[-2] < tol):
             break

@@ -268,15 +268,16 @@ def covariance(num=50, seed=3):
     return x, torch.cov(x.T, correction=0)
 
 
+@pytest.mark.parametrize("expand", [False, True])
 @pytest.mark.parametrize("noise", ["diagonal", "isotropic"])
-def test_em_never_falls_from_a_hundred_random_starts(noise):
+def test_em_never_falls_from_a_hundred_random_starts(noise, expand):
     _, cov = covariance()
     weight, noise_var = draw(100, D, K), draw(100, D, seed=4).exp()
     if noise == "isotropic":
         noise_var = noise_var[:, :1].expand(100, D)
     values = []
     for _ in range(100):
-        weight, noise_var, value = em_step(weight, noise_var, cov, noise=noise)
+        weight, noise_var, value = em_step(weight, noise_var, cov, noise=noise, expand=expand)
         values.append(value)
     values = torch.stack(values)
     assert values.shape == (100, 100) and (values.diff(dim=0) > -1e-12).all()
@@ -305,6 +306,31 @@ def test_em_step_maximises_the_expected_joint():
     check_close(got_noise, want_noise, 1e-11, "eq-ei-em-noise")
     evidence = oracles.linear_gaussian_evidence(x.numpy(), weight.numpy(), x.mean(0).numpy(), noise_var.numpy())
     check_close(value, evidence.mean(), 1e-11, "eq-ei-evidence")
+
+
+def test_expanded_em_step_takes_the_learnt_prior_into_the_weights():
+    """Under the prior N(0, V), V the mean of E z z^T, the step of plain EM makes the same covariance of x."""
+    x, cov = covariance()
+    weight, noise_var = draw(D, K), draw(D, seed=4).exp()
+    mean, post = oracles.linear_gaussian_posterior(x.numpy(), weight.numpy(), x.mean(0).numpy(), noise_var.numpy())
+    prior = torch.as_tensor(mean.T @ mean / len(x) + post)
+    plain, plain_noise, plain_value = em_step(weight, noise_var, cov)
+    got, got_noise, value = em_step(weight, noise_var, cov, expand=True)
+    check_close(got @ got.mT, plain @ prior @ plain.mT, 1e-11)
+    check_close(got_noise, plain_noise, 1e-15)
+    check_close(value, plain_value, 1e-15)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "isotropic"])
+def test_expanded_em_reaches_the_same_maximum_sooner(noise):
+    x = LinearGaussian(3 * draw(D, K), draw(D, seed=1), draw(D, seed=2).exp()).sample(
+        200, generator=torch.Generator().manual_seed(4)).detach()
+    start = 0.1 * draw(D, K, seed=11), x.var(0).mean().expand(D)
+    plain, expanded = (fit_factor_analysis(x, K, noise=noise, start=start, tol=1e-12, num_steps=20_000, expand=expand)
+                       for expand in (False, True))
+    check_close(expanded.log_likelihoods[-1], plain.log_likelihoods[-1], 1e-8)
+    check_close(expanded.model.covariance(), plain.model.covariance(), 1e-3)
+    assert len(expanded.log_likelihoods) < len(plain.log_likelihoods)
 
 
 def test_factor_analysis_ends_where_scikit_learn_ends():
