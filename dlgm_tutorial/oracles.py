@@ -10,8 +10,9 @@ import mpmath
 import numpy as np
 from scipy import special
 
-__all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite", "gaussian_kl",
-           "gaussian_log_density", "gaussian_path_density", "grid_posterior", "kumaraswamy_beta_kl",
+__all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite",
+           "gauss_hermite_nodes", "gaussian_kl", "gaussian_log_density",
+           "gaussian_path_density", "grid_posterior", "kumaraswamy_beta_kl",
            "kumaraswamy_log_density", "kumaraswamy_nodes", "langevin_chain_law", "linear_gaussian_evidence",
            "linear_gaussian_posterior", "log_mean_exp", "log_normal", "mixture_bounds_1d"]
 
@@ -236,3 +237,14 @@ def mixture_bounds_1d(x, prior_loc, prior_scale, slope, intercept, noise_scale, 
 def gaussian_path_density(x, paths):
     """log sum_p w_p N(x; mean_p, cov_p): x [D], paths a list of (weight, mean [D], cov [D, D])."""
     return special.logsumexp([np.log(w) + gaussian_log_density(x, mean, cov) for w, mean, cov in paths])
+
+
+# --- Chapter 2: stochastic backpropagation
+
+def gauss_hermite_nodes(mean, cov, num_nodes=40):
+    """Nodes [num_nodes^K, K] and weights [num_nodes^K], of sum 1, of the rule behind `gauss_hermite`."""
+    mean = np.atleast_1d(np.asarray(mean, float))
+    nodes, weights = special.roots_hermitenorm(num_nodes)
+    z = np.array(list(itertools.product(nodes, repeat=len(mean))))
+    w = np.prod(list(itertools.product(weights / weights.sum(), repeat=len(mean))), axis=1)
+    return mean + z @ np.linalg.cholesky(np.atleast_2d(cov)).T, w
