@@ -336,6 +336,7 @@ def missing_scores(prediction, x, observed):
     return {"log_loss": float(loss[missing].mean()), "error": float(((p > 0.5) != (x > 0.5))[missing].float().mean())}
 
 
+@torch.no_grad()
 def imputation_figures(models, train_x, test, side, num_sweeps, seed, num_latents):
     mean = ((train_x.sum(0) + 0.5) / (len(train_x) + 1)).expand_as(test)
     factors = fit_factor_analysis(train_x.double() + 0.0, num_latents, min_noise_var=1e-2).model
