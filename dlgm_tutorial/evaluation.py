@@ -70,12 +70,12 @@ def log_likelihood_is(model, x, num_samples=1000, *, proposal=None, generator=No
 
     model: log_joint and, without a proposal, posterior; x: [B, D]; num_samples: S; proposal: maps x [B, D] to a
     distribution over z (default model.posterior); generator: for reproducible draws; chunk: pairs in memory at once
-    (default 3,000 on the CPU, where larger arrays fall out of its cache, 100,000 on a GPU).
+    (default 1,000 on the CPU, where larger arrays fall out of its cache, 100,000 on a GPU).
     Returns Estimate in float64, each [B]. A proposal should be wider than the posterior, never narrower.
     """
     _check_data(x)
     if chunk is None:
-        chunk = 3_000 if x.device.type == "cpu" else 100_000
+        chunk = 1_000 if x.device.type == "cpu" else 100_000
     _check_positive(num_samples=num_samples, chunk=chunk)
     parts = []
     for rows in x.split(chunk):

@@ -46,7 +46,7 @@ class Bernoulli:
         _check_data(x, self.logits, "logits")
         if observed is not None:
             x = torch.where(observed, x, torch.zeros_like(x))
-        if self.validate and not bool(((x == 0) | (x == 1)).all()):
+        if self.validate and torch.count_nonzero(x * (x - 1)):  # NaN and infinity count too
             raise ValueError("x must be 0 or 1 for a Bernoulli likelihood, got values from "
                              f"{x.min().item():g} to {x.max().item():g}: binarise the data")
         # log sigmoid(v) = -softplus(-v): torch's softplus is three times as fast as its logsigmoid on a CPU. Beyond its

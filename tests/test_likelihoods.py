@@ -83,6 +83,14 @@ def test_bad_input_is_named(call, message):
         call()
 
 
+@pytest.mark.parametrize("pixel", [0.5, -1.0, 2.0, float("nan"), float("inf"), -float("inf"), 1 + 1e-7])
+def test_bernoulli_refuses_one_pixel_outside_its_support(pixel):
+    x = torch.ones(B, D, dtype=torch.float64)
+    x[1, 2] = pixel
+    with pytest.raises(ValueError, match="x must be 0 or 1 for a Bernoulli likelihood"):
+        Bernoulli(OUTPUT).log_prob(x)
+
+
 @pytest.mark.parametrize("logit", [-700.0, -50.001, -49.9, -20.1, -1.0, 0.0, 19.9, 36.0, 50.1, 700.0])
 @pytest.mark.parametrize("pixel", [0.0, 1.0])
 def test_bernoulli_keeps_all_digits_of_a_sure_pixel(logit, pixel):
