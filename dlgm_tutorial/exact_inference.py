@@ -125,7 +125,8 @@ class LinearGaussian(nn.Module):
         """
         x, observed = self._check(x, observed)
         rows = torch.arange(len(x), device=x.device).split(chunk or max(len(x), 1))
-        value = torch.cat([self._evidence(x[r], None if observed is None else observed[r]) for r in rows])
+        per_row = observed is not None and len(observed) == len(x)
+        value = torch.cat([self._evidence(x[r], observed[r] if per_row else observed) for r in rows])
         return Estimate(value, torch.zeros_like(value), torch.ones_like(value))
 
     def bound(self, x, *, num_samples=1, noise=None, generator=None, observed=None):
@@ -162,7 +163,7 @@ class LinearGaussian(nn.Module):
         return DiagonalNormal(loc, -diagonal.log().expand(loc.shape))
 
     def mean_field_gap(self, x, observed=None):
-        """Evaluate what it costs, 1/2 (sum_k log Lambda_kk - log |Lambda|) (eq-ei-mean-field-gap): x [B, D] -> [B], nats.
+        """Evaluate its cost, 1/2 (sum_k log Lambda_kk - log |Lambda|) nats (eq-ei-mean-field-gap): x [B, D] -> [B].
 
         It depends on what was observed, not on the values seen there.
         """
@@ -201,7 +202,7 @@ class LinearGaussian(nn.Module):
         x, observed = self._check(x, observed)
         loc, scale_tril = self._posterior(x, observed)
         variance = (self.weight @ scale_tril).square().sum(-1) + self.noise_var
-        return torch.where(observed, x, self.decoder(loc)), torch.where(observed, torch.zeros_like(x), variance)
+        return torch.where(observed, x, self.decoder(loc)), torch.where(observed, 0.0, variance).expand(x.shape)
 
     # --- The algebra
 
@@ -214,7 +215,7 @@ class LinearGaussian(nn.Module):
                 raise TypeError(f"observed must be a mask of booleans, got {observed.dtype}")
             _require(observed.shape in (x.shape, x.shape[1:]),
                      f"observed must have shape {list(x.shape)} or [{num}], got {list(observed.shape)}")
-            observed = observed.expand(x.shape)
+            observed = observed[None] if observed.ndim == 1 else observed  # [1, D]: one precision for all rows
             x = torch.where(observed, x, self.bias.detach())
         _require(bool(torch.isfinite(x).all()), "x must be finite where it is observed, got NaN or infinity")
         return x, observed
@@ -231,7 +232,7 @@ class LinearGaussian(nn.Module):
         return -0.5 * (squares + constant + z.square().sum(-1) + z.shape[-1] * LOG_2PI)
 
     def _precision(self, observed):
-        """Lambda = I + W^T diag(observed / noise_var) W (eq-ei-posterior): [K, K], or [B, K, K] by one matrix product."""
+        """Lambda = I + W^T diag(observed / noise_var) W (eq-ei-posterior): [K, K], or [B, K, K] by one product."""
         weight, (num_data, num_latents) = self.weight, self.weight.shape
         eye = torch.eye(num_latents, dtype=weight.dtype, device=weight.device)
         scaled = weight / self.noise_var[:, None]
