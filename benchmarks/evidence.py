@@ -4,6 +4,8 @@ A unit is log_likelihood_is of 20 images with 500 samples each; the floor multip
 chunks of the same size, and does nothing else.
 """
 
+from functools import partial
+
 import torch
 
 from benchmarks import harness
@@ -52,8 +54,8 @@ def main():
             model.decoder(torch.randn(CHUNK // IMAGES, IMAGES, LATENT))
 
     candidates = {"matrix products alone": floor, "decoder and normal draws": decode,
-                  "log_likelihood_is": lambda: log_likelihood_is(model, x, SAMPLES),
-                  "log_likelihood_is, all at once": lambda: log_likelihood_is(model, x, SAMPLES, chunk=IMAGES * SAMPLES)}
+                  "log_likelihood_is": partial(log_likelihood_is, model, x, SAMPLES),
+                  "log_likelihood_is, all at once": partial(log_likelihood_is, model, x, SAMPLES, chunk=IMAGES * SAMPLES)}
     report = harness.compare(candidates, reference="matrix products alone", rounds=options.rounds)
     harness.write("evidence", "Importance-sampled evidence against its matrix products",
                   "log_likelihood_is at most 1.3", {f"{IMAGES} images, {SAMPLES} samples": report},
