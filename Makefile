@@ -35,6 +35,14 @@ notebooks: $(READY) scratch  ## write and execute notebooks from their text: mak
 scratch: $(READY)            ## export the chapters' NumPy cells to dlgm_tutorial/scratch
 	$(BIN)/python tools/export_scratch.py
 
+assignments: $(READY)        ## build the assignments for students and graders into build/assignments
+	$(BIN)/python assignments/build.py
+
+grade: $(READY)  ## make grade A=01_exact_inference SUBMISSIONS=folder OUT=grades: grade a folder of notebooks
+	$(if $(and $(A),$(SUBMISSIONS),$(OUT)),,$(error usage: make grade A=01_exact_inference SUBMISSIONS=folder OUT=grades))
+	$(BIN)/python assignments/build.py $(A)
+	$(BIN)/python assignments/grade.py build/assignments/$(A)/autograder/$(A)-autograder.zip $(SUBMISSIONS) $(OUT)
+
 $(READY): requirements.txt
 	@command -v $(PYTHON) > /dev/null || { echo "no $(PYTHON): install Python 3.10 or newer, or name one with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is older than 3.10: name a newer one with make PYTHON=..." >&2; exit 1; }
@@ -71,5 +79,5 @@ bench: .venv-bench/ready     ## time the package beside its peers: make bench [B
 clean:           ## remove the built book and the environment
 	rm -rf _build .venv .venv-bench build .pytest_cache
 
-.PHONY: help book test test-quick test-all passport notebooks scratch bench clean
+.PHONY: help book test test-quick test-all passport notebooks scratch assignments grade bench clean
 .DEFAULT_GOAL := help
