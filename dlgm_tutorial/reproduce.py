@@ -393,6 +393,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    np.finfo(np.float32), np.finfo(np.float64)  # NumPy looks for its smallest numbers once: before they are flushed
     torch.set_flush_denormal(True)  # Adam's moments of rarely lit pixels decay into denormals, which are slow
     # Experiments import `dlgm_tutorial.reproduce`: run that module, not this second copy named __main__.
     sys.exit(importlib.import_module("dlgm_tutorial.reproduce").main())
