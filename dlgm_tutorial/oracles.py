@@ -14,7 +14,8 @@ __all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite"
            "gauss_hermite_nodes", "gaussian_kl", "gaussian_log_density",
            "gaussian_path_density", "grid_posterior", "kumaraswamy_beta_kl",
            "kumaraswamy_log_density", "kumaraswamy_nodes", "langevin_chain_law", "linear_gaussian_evidence",
-           "linear_gaussian_posterior", "log_mean_exp", "log_normal", "mixture_bounds_1d"]
+           "linear_gaussian_posterior", "log_mean_exp", "log_normal", "mixture_bounds_1d",
+           "relu_marginal", "relu_network"]
 
 
 def gaussian_log_density(x, mean, cov):
@@ -248,3 +249,64 @@ def gauss_hermite_nodes(mean, cov, num_nodes=40):
     z = np.array(list(itertools.product(nodes, repeat=len(mean))))
     w = np.prod(list(itertools.product(weights / weights.sum(), repeat=len(mean))), axis=1)
     return mean + z @ np.linalg.cholesky(np.atleast_2d(cov)).T, w
+
+
+# --- Chapter 5: piecewise-affine decoders by quadrature
+
+def relu_network(layers, z, slope=0.0):
+    """Run a leaky-ReLU network [(W [out, in], b [out]), ...] at z [N, K]: (output [N, D], hidden pre-activations)."""
+    hidden, h = [], np.asarray(z, float)
+    for W, b in layers[:-1]:
+        hidden.append(h @ np.transpose(W) + b)
+        h = np.where(hidden[-1] > 0, hidden[-1], slope * hidden[-1])
+    return h @ np.transpose(layers[-1][0]) + layers[-1][1], hidden
+
+
+def _kinks(layers, slope, low, high):
+    """Where a network of one input bends on [low, high]: between known kinks a unit is linear, so interpolation is
+    exact."""
+    knots = np.array([low, high], float)
+    for number in range(len(layers) - 1):
+        u = relu_network(layers, knots[:, None], slope)[1][number]
+        gap, unit = np.nonzero(u[:-1] * u[1:] < 0)
+        share = u[gap, unit] / (u[gap, unit] - u[gap + 1, unit])
+        knots = np.unique(np.append(knots, knots[gap] + share * (knots[gap + 1] - knots[gap])))
+    return knots
+
+
+def relu_marginal(layers, x, noise_var, slope=0.0, panels=20, reach=9.0, outer=(150, 8)):
+    """log p(x), E[z | x] [K] and E[z z^T | x] [K, K] of one datum x [D], by Gauss-Legendre quadrature over the prior.
+
+    The last latent is integrated between the network's kinks along it (`panels` of 10 nodes each), exactly but for
+    rounding; the others, one inside the next, on outer = (panels, nodes) a latent, which do not see the kinks.
+    """
+    noise = _noise_covariance(noise_var, len(x))
+    nodes, weights = np.polynomial.legendre.leggauss(10)
+
+    def composite(edges, t, w):
+        half = np.diff(edges)[:, None] / 2
+        return (edges[:-1, None] + half * (t + 1)).ravel(), (half * w).ravel()
+
+    def integrate(net, fixed):
+        """Sums of (1, z, z z^T) times the joint density, with the first latents held at `fixed`, in log scale."""
+        (W, b), *rest = net
+        if W.shape[1] == 1:
+            knots = _kinks(net, slope, -reach, reach)
+            edges = np.unique(np.concatenate([np.linspace(low, high, panels + 1)
+                                              for low, high in zip(knots[:-1], knots[1:], strict=True)]))
+            z, w = composite(edges, nodes, weights)
+            log_joint = gaussian_log_density(relu_network(net, z[:, None], slope)[0], x, noise)
+            top = log_joint.max()
+            w = w * np.exp(log_joint - top - z * z / 2) / np.sqrt(2 * np.pi)
+            full = np.column_stack([np.tile(fixed, (len(z), 1)), z])
+            return top, w.sum(), w @ full, (w[:, None] * full).T @ full
+        points, w = composite(np.linspace(-reach, reach, outer[0] + 1), *np.polynomial.legendre.leggauss(outer[1]))
+        w = w * np.exp(-points**2 / 2) / np.sqrt(2 * np.pi)
+        parts = [integrate([(W[:, 1:], b + W[:, 0] * p), *rest], [*fixed, p]) for p in points]
+        top = max(part[0] for part in parts)
+        scale = w * np.exp([part[0] - top for part in parts])
+        return top, *(np.tensordot(scale, np.array([part[i] for part in parts]), 1) for i in (1, 2, 3))
+
+    net = [(np.asarray(W, float), np.asarray(b, float)) for W, b in layers]
+    top, mass, first, second = integrate(net, [])
+    return top + np.log(mass), first / mass, second / mass

@@ -1,0 +1,772 @@
+"""Exact inference by regions: against quadrature, the brief's reference networks, limits, gauges, and refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+from torch import nn
+
+from dlgm_tutorial import _normal_integrals as integrals
+from dlgm_tutorial.analytic_em import (
+    collect_statistics,
+    e_step,
+    exact_elbo,
+    exact_log_likelihood,
+    exact_posterior,
+    fit_em,
+    impute,
+    m_step_direction,
+    marginal_moments,
+    num_parameters,
+    partition,
+)
+from dlgm_tutorial.checks import check_below, check_close, check_mc
+from dlgm_tutorial.exact_inference import LinearGaussian
+from dlgm_tutorial.networks import initialise, mlp
+from dlgm_tutorial.oracles import (
+    finite_difference,
+    linear_gaussian_evidence,
+    linear_gaussian_posterior,
+    relu_marginal,
+    relu_network,
+)
+
+
+def T(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def network(*layers):
+    return [(T(W), T(b)) for W, b in layers]
+
+
+R1 = network(([[1.0], [-0.8], [0.5]], [0.3, -0.4, -0.6]), ([[1.0, -0.5, 0.7], [0.2, 0.9, -1.1]], [0.1, -0.2]))
+R2 = network(([[1.2], [-0.7]], [0.2, 0.5]), ([[0.9, -0.6], [0.4, 1.1]], [-0.3, -0.9]), ([[1.0, -0.8], [0.5, 0.6]], [0.0, 0.1]))
+R3 = network(([[1.0, 0.5], [-0.6, 0.8], [0.3, -1.1]], [0.2, -0.3, 0.4]), ([[0.9, -0.4, 0.6], [0.2, 1.0, -0.5]], [-0.1, 0.3]))
+R3B = network(([[1.0, -0.4], [0.5, 0.9]], [0.3, -0.2]), ([[0.8, -0.7], [-0.6, 1.1]], [-0.4, 0.1]),
+              ([[1.2, 0.3], [-0.5, 0.9], [0.4, 0.4]], [0.0, 0.2, -0.1]))
+R4 = network(([[1.0, 0.2, -0.3], [-0.5, 0.8, 0.4], [0.3, -0.6, 0.9], [0.2, 0.5, 0.7]], [0.1, -0.3, 0.2, 0.4]),
+             ([[0.9, -0.4, 0.6, 0.3], [0.2, 1.0, -0.5, -0.7]], [-0.1, 0.3]))
+X1, XM = T([[0.7, -0.4]]), T([[0.7, -0.4], [-1.0, 0.5], [1.8, -1.2]])
+ZIGZAG = network(([[1.0], [1.0], [1.0]], [1.0, 0.0, -1.0]), ([[1.0, -2.0, 2.0]], [0.0]))
+
+
+def random_network(seed, sizes):
+    rng = np.random.default_rng(seed)
+    return [(torch.as_tensor(rng.normal(size=(n, m)) * np.sqrt(2 / m)), torch.as_tensor(0.5 * rng.normal(size=n)))
+            for m, n in zip(sizes[:-1], sizes[1:], strict=True)]
+
+
+def plain(layers):
+    return [(W.numpy(), b.numpy()) for W, b in layers]
+
+
+# --- Integrals
+
+def test_interval_against_many_digits():
+    mp = pytest.importorskip("mpmath")
+    cases = [(c + s, c + s + w) for c in (0, 0.5, 3, 9, 40, 1e3) for w in (1e-9, 1e-4, 0.3, 5, np.inf) for s in (0, -0.1)]
+    cases += [(-b, -a) for a, b in cases]
+    got = integrals.interval(T([a for a, _ in cases]), T([b for _, b in cases]))
+    def truth(a, b):
+        """log mass, mean, mean square; of the reflected interval where that keeps erfc from cancelling."""
+        if a + b < 0:
+            log_mass, mean, square = truth(-b, -a)
+            return log_mass, -mean, square
+        phi = lambda t: mp.npdf(t) if mp.isfinite(t) else mp.mpf(0)
+        times = lambda t: t * phi(t) if mp.isfinite(t) else mp.mpf(0)
+        mass = (mp.erfc(a / mp.sqrt(2)) - mp.erfc(b / mp.sqrt(2))) / 2
+        return mp.log(mass), (phi(a) - phi(b)) / mass, 1 + (times(a) - times(b)) / mass
+
+    with mp.workdps(100):
+        for i, (a, b) in enumerate(cases):
+            want = [float(value) for value in truth(mp.mpf(a), mp.mpf(b))]
+            check_close([part[i] for part in got], want, 1e-11, rtol=1e-11)
+
+
+def test_interval_of_everything_and_of_half_lines():
+    inf = float("inf")
+    log_mass, mean, square = integrals.interval(T([-inf, 0.0, -inf]), T([inf, inf, 0.0]))
+    check_close(log_mass, np.log([1, 0.5, 0.5]), 1e-15)
+    check_close(mean, [0, np.sqrt(2 / np.pi), -np.sqrt(2 / np.pi)], 1e-15)
+    check_close(square, [1.0, 1.0, 1.0], 1e-15)
+
+
+def test_owens_t_against_scipy():
+    rng = np.random.default_rng(0)
+    h, a = 8 * rng.random(20_000) - 1, np.tan(3.1 * (rng.random(20_000) - 0.5))
+    check_close(integrals.owens_t(T(h), T(a)), special.owens_t(h, a), 2e-16)
+    check_close(integrals.owens_t(T([1.3, 0.0]), T([np.inf, 1.0])), [special.ndtr(-1.3) / 2, 1 / 8], 1e-16)
+
+
+POLYGONS = {  # vertices, mass, first and second moments (11, 12, 22), by slices with 30 digits
+    "P1": ([(0.5, 0.2), (2.0, 0.1), (2.5, 1.7), (0.8, 2.2)], 0.108826759444003, (0.124367655788307, 0.0866171396442779),
+           (0.160023404671641, 0.100937741266672, 0.0920360062013676)),
+    "P2": ([(-0.7, -0.5), (1.1, -0.3), (0.2, 1.4)], 0.21441449584648, (0.0374056192332602, 0.0345521993945927),
+           (0.034387617633894, 0.00994968059533974, 0.0391378525118111))}
+
+
+@pytest.mark.parametrize("name", POLYGONS)
+def test_polygon_moments(name):
+    vertices, mass, first, (s11, s12, s22) = POLYGONS[name]
+    cell = T([[*vertices, vertices[-1]]])  # padded
+    zero, one, two = integrals.polygon(cell, torch.eye(2, dtype=torch.float64)[None], torch.zeros(1, 1, 2, dtype=torch.float64))
+    check_close(zero[0, 0], mass, 5e-15)
+    check_close(one[0, 0], first, 5e-15)
+    check_close(two[0, 0], [[s11, s12], [s12, s22]], 5e-15)
+    if name == "P1":  # does not hold the origin, so the tail's formula must agree
+        log_scale, zero, one, two = integrals.polygon_tail(cell, cell)
+        check_close(torch.exp(log_scale) * zero, [mass], 1e-14)
+        check_close(torch.exp(log_scale)[:, None] * one, [first], 1e-14)
+
+
+def test_polygon_under_a_correlated_normal():
+    cov, mean = T([[0.7, 0.25], [0.25, 0.4]]), T([0.4, 0.9])
+    S = torch.linalg.cholesky(cov)
+    C = torch.linalg.inv(S).T
+    zero, one, two = integrals.polygon(T([POLYGONS["P1"][0]]), C[None], (C.T @ mean)[None, None])
+    check_close(zero[0, 0], 0.339935113809, 1e-12)
+    check_close(mean * zero[0, 0] + S @ one[0, 0], [0.392666524705, 0.37689897284], 1e-12)
+    shift = S @ one[0, 0]
+    second = zero[0, 0] * torch.outer(mean, mean) + torch.outer(mean, shift) + torch.outer(shift, mean) + S @ two[0, 0] @ S.T
+    check_close(second, [[0.506546251416, 0.451051420525], [0.451051420525, 0.487499037427]], 1e-11)
+
+
+@pytest.mark.parametrize(("vertices", "mass"), [
+    ([(6, 0.5), (8, -0.5), (8.5, 2), (6.5, 2.5)], 1.714160184192638e-10),
+    ([(20, 0.5), (22, -0.5), (22.5, 2), (20.5, 2.5)], 1.94675947609e-90),
+    ([(30, -5), (33, -5), (33, 6), (30, 6)], 4.90671251579e-198)])
+def test_polygon_far_from_the_mass(vertices, mass):
+    cell = T([vertices])
+    log_scale, zero, *_ = integrals.polygon_tail(cell, cell)
+    check_close(log_scale + torch.log(zero), [np.log(mass)], 1e-11)
+
+
+def test_derivatives_of_the_mass_give_the_moments():
+    """eq (13) of the brief: the gradient and the Hessian of the mass in the mean, here by finite differences."""
+    cell, eye = T([POLYGONS["P1"][0]]), torch.eye(2, dtype=torch.float64)[None]
+    centre = np.array([0.3, -0.2])
+    mass = lambda m: float(integrals.polygon(cell, eye, T(m)[None, None])[0])
+    first = lambda m, i: float(integrals.polygon(cell, eye, T(m)[None, None])[1][0, 0, i])
+    zero, one, two = integrals.polygon(cell, eye, T(centre)[None, None])
+    check_close(one[0, 0], finite_difference(mass, centre), 1e-9)
+    hessian = np.array([finite_difference(lambda m, i=i: first(m, i), centre) for i in range(2)])
+    check_close(two[0, 0], hessian + float(zero) * np.eye(2), 1e-9)
+
+
+def test_tetrahedron_by_signed_cones():
+    from scipy.spatial import ConvexHull
+    V = np.array([(0.1, 0.2, -0.3), (1.4, 0.1, 0.2), (0.3, 1.6, 0.1), (0.2, 0.4, 1.3)])
+    mean, cov = T([0.3, 0.2, 0.1]), T([[0.8, 0.2, 0.1], [0.2, 0.6, -0.1], [0.1, -0.1, 0.9]])
+    S = torch.linalg.cholesky(cov)
+    C = torch.linalg.inv(S).T
+    _, zero, one, two = integrals.polytope([(V.mean(0), V, ConvexHull(V).simplices)], C[None], (C.T @ mean)[None, None])
+    check_close(zero[0, 0], 0.0356961747798014, 1e-12)
+    shift = S @ one[0, 0]
+    check_close(mean * zero[0, 0] + shift, [0.0179995248413, 0.0189837699232, 0.0109049833647], 1e-12)
+    second = zero[0, 0] * torch.outer(mean, mean) + torch.outer(mean, shift) + torch.outer(shift, mean) + S @ two[0, 0] @ S.T
+    want = [0.0109909092433, 0.00900772612655, 0.00542477440182, 0.0121311469706, 0.0057566107936, 0.00572270631164]
+    check_close(second[torch.triu_indices(3, 3).unbind()], want, 1e-11)
+
+
+# --- Partition
+
+def test_knots_of_the_reference_networks():
+    check_close(partition(R1, slope=0.1).cells[1:, 0], [-0.5, -0.3, 1.2], 1e-15)
+    check_close(partition(R2, slope=0.1).cells[1:, 0],
+                [-0.473684210526316, -0.166666666666667, 0.28, 0.714285714285714, 1.89826302729529], 1e-14)
+    check_close(partition(R2).cells[1:, 0], [-5 / 11, -1 / 6, 0.28, 5 / 7, 1.70833333333333], 1e-14)
+
+
+@pytest.mark.parametrize(("num_latents", "units", "count"), [(1, 8, 9), (2, 6, 22), (2, 10, 56), (3, 4, 15), (3, 6, 42)])
+def test_one_layer_has_zaslavskys_count(num_latents, units, count):
+    assert partition(random_network(1, [num_latents, units, 2]), box=1e4).num_regions == count
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("sizes", [[1, 5, 4, 3], [2, 6, 5, 3], [3, 4, 3, 2]])
+def test_regions_tile_the_space_and_the_map_is_affine_on_each(sizes, slope):
+    layers = random_network(2, sizes)
+    regions = partition(layers, slope=slope)
+    z = 2 * np.random.default_rng(3).normal(size=(500, sizes[0]))
+    output, hidden = relu_network(plain(layers), z, slope)
+    match = (torch.as_tensor(np.concatenate(hidden, 1) > 0)[:, None] == regions.codes).all(-1)
+    assert (match.sum(1) == 1).all()  # every point's code is listed exactly once
+    r = match.double().argmax(1)
+    check_close((regions.A[r] @ T(z)[..., None])[..., 0] + regions.b[r], output, 1e-12)
+    if sizes[0] == 2:
+        v, w = regions.cells, torch.roll(regions.cells, -1, 1)
+        areas = 0.5 * (v[..., 0] * w[..., 1] - v[..., 1] * w[..., 0]).sum(1)
+        assert (areas > 0).all()
+        check_close(areas.sum(), 100.0**2, rtol=1e-12)
+
+
+def test_duplicate_and_dead_units_make_no_regions():
+    W, b = R3[0]
+    dead = T([[0.0, 0.0]])
+    layers = [(torch.cat([W, 2 * W[:1], W[1:2], dead]), torch.cat([b, 2 * b[:1], b[1:2], T([-1.0])])),
+              (torch.cat([R3[1][0], torch.zeros(2, 3, dtype=torch.float64)], 1), R3[1][1])]
+    assert partition(layers, slope=0.1).num_regions == partition(R3, slope=0.1).num_regions == 7
+    check_close(exact_log_likelihood(layers, T([[0.8, 0.1]]), 0.16, slope=0.1), -1.6033941653702 * np.ones(1), 1e-12)
+    same = [(torch.cat([R1[0][0]] * 2), torch.cat([R1[0][1]] * 2)), (torch.cat([R1[1][0]] * 2, 1) / 2, R1[1][1])]
+    assert partition(same, slope=0.1).num_regions == 4
+    check_close(exact_log_likelihood(same, XM, 0.25, slope=0.1), exact_log_likelihood(R1, XM, 0.25, slope=0.1), 1e-13)
+
+
+def test_neighbouring_maps_agree_on_their_border():
+    layers = random_network(5, [1, 6, 5, 3])
+    regions = partition(layers, slope=0.1)
+    knots = regions.cells[1:, :1]
+    at = lambda part: (regions.A[part] @ knots[..., None])[..., 0] + regions.b[part]
+    check_close(at(slice(1, None)), at(slice(None, -1)), 1e-11)
+
+
+# --- Evidence and posterior
+
+def test_reference_network_r1():
+    log_px, e0, e1, e2 = e_step(R1, X1, 0.25, slope=0.1)
+    check_close(log_px, [-1.47916896449348918], 1e-14)
+    check_close(e0[0], [0.0868983405851129, 0.0733086882892201, 0.830990570304976, 0.00880240082069091], 1e-14)
+    check_close(e1[0, :, 0], [-0.0625740378284036, -0.0290838616875953, 0.251561986238695, 0.0116538056266466], 1e-14)
+    check_close(e2[0, :, 0, 0], [0.0482630533034524, 0.011781995098972, 0.170486867018437, 0.0155391223024931], 1e-14)
+    check_close(exact_log_likelihood(R1, XM, 0.25, slope=0.1), [-1.47916896449349, -2.71428163170619, -4.56654898611657], 1e-13)
+    log_px, e0, e1, e2 = e_step(R1, X1, 0.01, slope=0.1)
+    check_close(log_px, [-4.49374512717657666], 1e-13)
+    check_close(e0[0], [1.188477395339e-11, 9.18874463962886e-10, 0.999999999069241, 8.19584103037368e-24], 1e-14, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("slope", "log_px", "mean", "square"), [
+    (0.1, -1.00683411529540936, 0.388191381304338336, 0.309287740312136418),
+    (0.0, -0.918248241030033303, 0.32116577512342257, 0.310226329268153442)])
+def test_reference_network_r2(slope, log_px, mean, square):
+    got, _, e1, e2 = e_step(R2, T([[0.5, 0.25]]), 0.09, slope=slope)
+    check_close(got, [log_px], 1e-14)
+    check_close([e1.sum(), e2.sum()], [mean, square], 1e-14)
+
+
+def test_reference_network_r3():
+    log_px, e0, e1, e2 = e_step(R3, T([[0.8, 0.1]]), 0.16, slope=0.1)
+    check_close(log_px, [-1.6033941653702], 2e-13)
+    check_close(e1.sum(1)[0], [0.103862630594, -0.176450630332], 1e-12)
+    check_close(e2.sum(1)[0], [[0.391574352385, 0.179861676170], [0.179861676170, 0.342840685962]], 1e-12)
+    weight = {"111": 0.00184231684396, "110": 0.0665415844274, "101": 0.546315057494, "100": 0.0595434380820,
+              "011": 0.0267109946072, "010": 0.00143274628059, "001": 0.297613862265}
+    codes = ["".join(str(int(on)) for on in code) for code in partition(R3, slope=0.1).codes]
+    check_close(e0[0], [weight[code] for code in codes], 1e-12)
+
+
+@pytest.mark.parametrize(("slope", "count", "log_px", "mean"), [
+    (0.1, 11, -2.35198983667263, [0.7340913701862, -0.4842272500497]),
+    (0.0, 9, -2.0721458425939, [0.6814455222947, -0.511183858765])])
+def test_reference_network_r3b(slope, count, log_px, mean):
+    assert partition(R3B, slope=slope).num_regions == count
+    posterior = exact_posterior(R3B, T([[0.9, 0.3, 0.2]]), 0.09, slope=slope)
+    check_close(posterior.log_px, [log_px], 1e-12)
+    check_close(posterior.mean[0], mean, 1e-11)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("noise_var", [0.0025, 0.2, "diagonal", "full"])
+@pytest.mark.parametrize("sizes", [[1, 7, 3], [1, 6, 5, 4]])
+def test_one_latent_matches_quadrature(sizes, noise_var, slope):
+    layers, D = random_network(7, sizes), sizes[-1]
+    rng = np.random.default_rng(8)
+    noise = {"diagonal": rng.uniform(0.02, 0.4, D), "full": 0.2 * np.cov(rng.normal(size=(D, 9)))}.get(noise_var, noise_var)
+    x = relu_network(plain(layers), rng.normal(size=(3, 1)), slope)[0]
+    x[2] += 2  # off the curve
+    posterior = exact_posterior(layers, T(x), noise, slope=slope)
+    for row, datum in enumerate(x):
+        log_px, mean, second = relu_marginal(plain(layers), datum, noise, slope, panels=400)
+        check_close(posterior.log_px[row], log_px, 1e-12, rtol=1e-13)
+        check_close(posterior.mean[row], mean, 1e-12)
+        check_close(posterior.covariance[row].numpy() + np.outer(mean, mean), second, 1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("sizes", "noise_var", "slope"), [([2, 5, 3], 0.2, 0.1), ([2, 4, 3, 4], 0.1, 0.0)])
+def test_two_latents_match_quadrature(sizes, noise_var, slope):
+    layers = random_network(9, sizes)
+    x = relu_network(plain(layers), np.random.default_rng(1).normal(size=(1, 2)), slope)[0][0] + 0.3
+    posterior = exact_posterior(layers, T(x)[None], noise_var, slope=slope)
+    log_px, mean, second = relu_marginal(plain(layers), x, noise_var, slope, panels=40, reach=8.0, outer=(600, 6))
+    check_close(posterior.log_px[0], log_px, 1e-10)
+    check_close(posterior.mean[0], mean, 1e-10)
+    check_close(posterior.covariance[0], second - np.outer(mean, mean), 1e-10)
+
+
+def test_three_latents_match_the_stored_quadrature():
+    reference = json.loads((Path(__file__).parent / "references" / "analytic_em_k3.json").read_text())
+    log_px, e0, e1, e2 = e_step(R4, T([reference["x"]]), reference["noise_var"], slope=reference["slope"])
+    check_close(log_px, [reference["log_px"]], 1e-8)
+    check_close(log_px, [-2.14025062156], 2e-11)  # the brief's value, by two-dimensional slices
+    check_close(e1.sum(1)[0], reference["mean"], 1e-8)
+    check_close(e2.sum(1)[0], reference["second"], 1e-8)
+    check_close(e1.sum(1)[0], [-0.185622750256, -0.307736101238, 0.290547330671], 1e-10)
+    assert e0.shape == (1, 15)
+
+
+def test_affine_decoders_are_factor_analysis():
+    rng = np.random.default_rng(4)
+    for K, D in ((1, 4), (2, 7), (2, 1)):
+        W, b, x, noise = rng.normal(size=(D, K)), rng.normal(size=D), rng.normal(size=(3, D)), rng.uniform(0.1, 1, D)
+        posterior = exact_posterior([(T(W), T(b))], T(x), noise)
+        check_close(posterior.log_px, linear_gaussian_evidence(x, W, b, noise), 1e-12)
+        mean, cov = linear_gaussian_posterior(x, W, b, noise)
+        check_close(posterior.mean, mean, 1e-12)
+        check_close(posterior.covariance, np.broadcast_to(cov, (3, K, K)), 1e-12)
+        check_close(posterior.log_px, LinearGaussian(T(W), T(b), T(noise)).log_likelihood(T(x)).value, 1e-11)
+
+
+@pytest.mark.parametrize("sizes", [[1, 5, 4], [2, 4, 4]])
+def test_units_without_a_kink_are_affine(sizes):
+    layers = random_network(6, sizes)
+    x = T(np.random.default_rng(0).normal(size=(3, sizes[-1])))
+    W = (layers[1][0] @ layers[0][0]).numpy()
+    b = (layers[1][0] @ layers[0][1] + layers[1][1]).numpy()
+    check_close(exact_log_likelihood(layers, x, 0.3, slope=1.0), linear_gaussian_evidence(x.numpy(), W, b, 0.3), 1e-12)
+    assert partition(layers, slope=1.0).num_regions == 1
+
+
+def test_gauges_change_nothing():
+    for layers, x in ((R1, XM), (R3, T([[0.8, 0.1], [-1.2, 0.7]]))):
+        want = exact_log_likelihood(layers, x, 0.2, slope=0.1)
+        (W1, b1), (W2, b2) = layers
+        scale, order = T([2.0, 0.5, 3.0]), [2, 0, 1]
+        K = W1.shape[1]
+        turn = T([[-1.0]]) if K == 1 else T([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
+        W, b, V = (scale[:, None] * W1)[order] @ turn, (scale * b1)[order], (W2 / scale)[:, order]
+        check_close(exact_log_likelihood([(W, b), (V, b2)], x, 0.2, slope=0.1), want, 1e-12)
+    assert num_parameters(R3) == 9 + 8 + 1 - 3 - 1 and num_parameters(R1, "full") == 6 + 8 + 3 - 3
+
+
+def test_a_unit_without_outgoing_weights_changes_nothing():
+    wide = [(torch.cat([R3[0][0], T([[0.7, -0.3]])]), torch.cat([R3[0][1], T([0.1])])),
+            (torch.cat([R3[1][0], torch.zeros(2, 1, dtype=torch.float64)], 1), R3[1][1])]
+    x = T([[0.8, 0.1], [-1.2, 0.7]])
+    assert partition(wide, slope=0.1).num_regions > 7
+    check_close(exact_log_likelihood(wide, x, 0.16, slope=0.1), exact_log_likelihood(R3, x, 0.16, slope=0.1), 1e-13)
+
+
+def test_density_integrates_to_one():
+    grid = torch.linspace(-12, 12, 401, dtype=torch.float64)
+    x = torch.cartesian_prod(grid, grid)
+    density = torch.exp(exact_log_likelihood(R1, x, 0.25, slope=0.1))
+    check_close(density.sum() * (grid[1] - grid[0]) ** 2, 1.0, 1e-12)
+
+
+def test_small_noise_limit_weighs_the_preimages():
+    posterior = exact_posterior(ZIGZAG, T([[0.6]]), 1e-6)
+    edges = partition(ZIGZAG).cells
+    weight = [posterior.region_weights[0, i] for i in range(len(edges)) if posterior.region_weights[0, i] > 1e-6]
+    check_close(torch.stack(weight), [0.434556908652, 0.434556908652, 0.130886182696], 1e-10)
+    check_close(torch.exp(posterior.log_px), [0.8474608925], 1e-9)
+
+
+def test_reduction_of_the_data_dimension_changes_nothing():
+    layers = random_network(3, [1, 8, 8, 200])
+    x = T(np.random.default_rng(0).normal(size=(4, 200)))
+    want = [relu_marginal(plain(layers), row, 0.5, 0.1, panels=300)[0] for row in x.numpy()]
+    check_close(exact_log_likelihood(layers, x, 0.5, slope=0.1), want, 1e-10)
+
+
+@pytest.mark.parametrize("layers", [R1, R3])
+def test_data_forty_deviations_away_and_extreme_noise(layers):
+    far = T([[30.0, -25.0], [0.2, 0.1]])
+    for noise in (0.01, 1e-6, 1e6):
+        value, e0, e1, e2 = e_step(layers, far, noise, slope=0.1)
+        assert torch.isfinite(value).all() and torch.isfinite(e2).all()
+        check_close(e0.sum(1), np.ones(2), 1e-12)
+        if layers is R1 and noise > 1e-3:
+            want = [relu_marginal(plain(R1), row, noise, 0.1, panels=2000, reach=60.0)[0] for row in far.numpy()]
+            check_close(value, want, 1e-6, rtol=1e-9)
+    # Under huge noise the posterior is the prior.
+    check_close(e1.sum(1), np.zeros((2, e1.shape[2])), 1e-4)
+
+
+def test_tails_of_two_latents_agree_with_one_latent():
+    """A second latent that the decoder ignores changes nothing, however far the data: the polygons' tail against erfcx."""
+    ignored = [(torch.cat([R1[0][0], torch.zeros(3, 1, dtype=torch.float64)], 1), R1[0][1]), R1[1]]
+    x = T([[0.7, -0.4], [6.0, 5.0], [-9.0, 4.0], [30.0, -25.0]])
+    for noise in (0.25, 0.01, 1e-3):
+        check_close(exact_log_likelihood(ignored, x, noise, slope=0.1), exact_log_likelihood(R1, x, noise, slope=0.1),
+                    1e-9, rtol=1e-11)
+        one, two = exact_posterior(R1, x, noise, slope=0.1), exact_posterior(ignored, x, noise, slope=0.1)
+        check_close(two.mean[:, 0], one.mean[:, 0], 1e-8)
+        check_close(two.covariance[:, 1, 1], np.ones(4), 1e-7)
+
+
+def test_score_identity():
+    x = X1.clone().requires_grad_()
+    (score,) = torch.autograd.grad(exact_log_likelihood(R1, x, 0.25, slope=0.1).sum(), x)
+    check_close(score[0], [-0.41952146, 1.28889550], 1e-8)
+    check_close(score[0], finite_difference(lambda p: float(exact_log_likelihood(R1, T(p)[None], 0.25, slope=0.1)), [0.7, -0.4]), 1e-8)
+
+
+@pytest.mark.parametrize(("layers", "data"), [(R1, XM), (R2, XM), (R3, XM), (R3B, T([[0.9, 0.3, 0.2], [-0.5, 1.0, 0.1]]))])
+@pytest.mark.parametrize("noise", ["isotropic", "diagonal", "full"])
+def test_gradient_matches_finite_differences(layers, data, noise):
+    D = data.shape[1]
+    start = {"isotropic": T(0.3), "diagonal": torch.linspace(0.2, 0.5, D, dtype=torch.float64),
+             "full": 0.3 * torch.eye(D, dtype=torch.float64) + 0.1}[noise]
+    leaves = [t.clone().requires_grad_() for layer in layers for t in layer] + [start.clone().requires_grad_()]
+    build = lambda ts: list(zip(ts[:-1:2], ts[1:-1:2], strict=True))
+    gradients = torch.autograd.grad(exact_log_likelihood(build(leaves), data, leaves[-1], slope=0.1).sum(), leaves)
+    for number, gradient in enumerate(gradients):
+        def value(array, number=number):
+            ts = [t.detach() for t in leaves]
+            ts[number] = T(array)
+            if noise == "full" and number == len(ts) - 1:
+                ts[number] = (ts[number] + ts[number].T) / 2
+            return float(exact_log_likelihood(build(ts), data, ts[-1], slope=0.1).sum())
+        want = finite_difference(value, leaves[number].detach().numpy(), 1e-5)
+        got = (gradient + gradient.T) / 2 if noise == "full" and number == len(leaves) - 1 else gradient
+        check_close(got, want, 2e-8, rtol=1e-8)
+
+
+def test_log_prob_is_normalised_and_sampling_follows_it():
+    x = T([[0.7, -0.4], [-1.0, 0.5], [1.8, -1.2]])
+    posterior = exact_posterior(R1, x, 0.04, slope=0.1)
+    z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    density = torch.exp(posterior.log_prob(z[:, None, None].expand(-1, 3, 1)))
+    check_close(torch.trapezoid(density, z, dim=0), np.ones(3), 1e-6)
+    draws = posterior.sample(20_000, generator=torch.Generator().manual_seed(0))
+    check_mc(draws, posterior.mean)
+    check_mc((draws - posterior.mean) ** 2, posterior.covariance[..., 0])
+    posterior = exact_posterior(R3, x, 0.04, slope=0.1)
+    draws = posterior.sample(20_000, generator=torch.Generator().manual_seed(1))
+    check_mc(draws, posterior.mean)
+    deviation = draws - posterior.mean
+    check_mc(deviation[..., :, None] * deviation[..., None, :], posterior.covariance)
+    grid = torch.linspace(-6, 6, 1201, dtype=torch.float64)
+    z = torch.cartesian_prod(grid, grid)
+    check_close(torch.exp(posterior.log_prob(z[:, None].expand(-1, 3, 2))).sum(0) * 1e-4, np.ones(3), 1e-4)
+
+
+def test_simulation_based_calibration():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4000, 1))
+    x = relu_network(plain(R1), z, 0.1)[0] + 0.5 * rng.normal(size=(4000, 2))
+    draws = exact_posterior(R1, T(x), 0.25, slope=0.1).sample(99, generator=torch.Generator().manual_seed(2))
+    rank = (draws[..., 0].numpy() < z[:, 0]).mean(0) + 1 / 200
+    check_mc(rank, 0.5)
+    check_mc((rank - 0.5) ** 2, (1 - 1e-4) / 12)
+
+
+def test_top_regions_give_a_bound_with_a_known_gap():
+    log_px, e0, *_ = e_step(R1, XM, 0.25, slope=0.1)
+    gaps = {1: [0.185, 0.076, 0.612], 2: [0.0857, 0.0360, 0.0013], 3: [0.0088, 4e-8, 4.4e-4]}
+    for k, gap in gaps.items():
+        bound, kept, *_ = e_step(R1, XM, 0.25, slope=0.1, top=k)
+        check_below(bound, log_px)
+        check_close(log_px - bound, -torch.log(e0.topk(k, 1).values.sum(1)), 1e-14)
+        check_close(log_px - bound, gap, 6e-4)
+        check_close(kept.sum(1), np.ones(3), 1e-14)
+        assert int((kept > 0).sum(1).max()) == k
+
+
+def test_chunks_and_batches_change_nothing():
+    x = T(np.random.default_rng(0).normal(size=(7, 2)))
+    for layers in (R1, R3):
+        whole = e_step(layers, x, 0.2, slope=0.1)
+        for part, want in zip(e_step(layers, x, 0.2, slope=0.1, chunk=2), whole, strict=True):
+            check_close(part, want, 1e-14)
+        check_close(exact_log_likelihood(layers, x[3:4], 0.2, slope=0.1), whole[0][3:4], 1e-14)
+
+
+def test_modules_and_lists_and_dtypes():
+    net = initialise(mlp([2, 5, 4, 3], "leaky_relu"), bias=0.5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    value = exact_log_likelihood(net, x, 0.3)
+    assert value.dtype == torch.float32 and value.requires_grad
+    layers = [(m.weight.detach().double(), m.bias.detach().double()) for m in net if isinstance(m, nn.Linear)]
+    want = exact_log_likelihood(layers, x.double(), 0.3, slope=0.01)
+    check_close(value, want, 1e-5)
+    numpy_layers = [(W.numpy(), b.numpy()) for W, b in layers]
+    check_close(exact_log_likelihood(numpy_layers, x.double(), 0.3, slope=0.01), want, 1e-15)
+    assert partition(net).A.dtype == torch.float32
+    nested = nn.Sequential(nn.Sequential(net[0], net[1]), nn.Identity(), net[2:])
+    check_close(exact_log_likelihood(nested, x, 0.3), value, 1e-6)
+    # Units on the output, two layers in a row, a learned slope for each unit.
+    odd = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 4), nn.PReLU(4, 0.3), nn.Linear(4, 2), nn.ReLU()).double()
+    z = torch.linspace(-3, 3, 50, dtype=torch.float64)[:, None]
+    regions = partition(odd)
+    r = torch.searchsorted(regions.cells[1:, 0].contiguous(), z[:, 0])
+    check_close((regions.A[r] @ z[..., None])[..., 0] + regions.b[r], odd(z), 1e-12)
+
+
+# --- What follows from the posterior
+
+def test_exact_elbo_and_its_gap():
+    elbo = exact_elbo(R1, X1, 0.25, T([[0.1]]), T([[0.25]]), slope=0.1)
+    check_close(elbo, [-1.502013365697], 1e-11)
+    check_close(exact_log_likelihood(R1, X1, 0.25, slope=0.1) - elbo, [0.022844401204], 1e-11)
+    rng = np.random.default_rng(0)
+    x, loc, root = T(rng.normal(size=(5, 2))), T(rng.normal(size=(5, 2))), T(rng.normal(size=(5, 2, 2)))
+    cov = root @ root.transpose(1, 2) + 0.1 * torch.eye(2, dtype=torch.float64)
+    elbo = exact_elbo(R3, x, 0.16, loc, cov, slope=0.1)
+    check_below(elbo, exact_log_likelihood(R3, x, 0.16, slope=0.1))
+    noise = torch.randn(20_000, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = torch.distributions.MultivariateNormal(loc, cov)
+    z = loc + (torch.linalg.cholesky(cov) @ noise[..., None])[..., 0]
+    log_joint = exact_posterior(R3, x, 0.16, slope=0.1).log_prob(z) + exact_log_likelihood(R3, x, 0.16, slope=0.1)
+    check_mc(log_joint - q.log_prob(z), elbo)
+    check_close(exact_elbo(R3, x, 0.16, loc, cov.diagonal(dim1=1, dim2=2), slope=0.1),
+                exact_elbo(R3, x, 0.16, loc, torch.diag_embed(cov.diagonal(dim1=1, dim2=2)), slope=0.1), 1e-14)
+
+
+@pytest.mark.parametrize("layers", [R1, R3])
+def test_marginal_moments_by_sampling_and_quadrature(layers):
+    mean, cov = marginal_moments(layers, 0.25, slope=0.1)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(200_000, layers[0][0].shape[1]))
+    x = relu_network(plain(layers), z, 0.1)[0] + 0.5 * rng.normal(size=(200_000, 2))
+    check_mc(x, mean)
+    centred = x - mean.numpy()
+    check_mc(centred[:, :, None] * centred[:, None, :], cov)
+    if layers is R1:  # the output is piecewise linear in z: quadrature between its kinks
+        edges = np.array([-10, -0.5, -0.3, 1.2, 10])
+        t, w = np.polynomial.legendre.leggauss(80)
+        half = np.diff(edges)[:, None] / 2
+        z, w = (edges[:-1, None] + half * (t + 1)).ravel(), (half * w).ravel()
+        w = w * np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
+        g = relu_network(plain(R1), z[:, None], 0.1)[0]
+        check_close(mean, w @ g, 1e-12)
+        check_close(cov, (w[:, None] * g).T @ g - np.outer(w @ g, w @ g) + 0.25 * np.eye(2), 1e-12)
+
+
+def test_imputation_reference_and_limits():
+    observed = torch.tensor([True, False])
+    filled, cov = impute(R1, XM, 0.25, observed, slope=0.1, covariance=True)
+    check_close(filled[:, 1], [-0.06382712176787, 0.5206959663929, -0.07846472457032], 1e-12)
+    check_close(cov[:, 1, 1], [0.260717507235, 0.461729737819, 0.25413160418], 1e-11)
+    check_close(filled[:, 0], XM[:, 0], 1e-15)
+    check_close(cov[:, 0], np.zeros((3, 2)), 1e-15)
+    # Nothing observed: the prior, and the marginal's moments. Everything: the data. NaN marks what is missing.
+    nothing = torch.zeros(3, 2, dtype=torch.bool)
+    hidden = torch.full_like(XM, torch.nan)
+    mean, marginal = marginal_moments(R1, 0.25, slope=0.1)
+    filled, cov = impute(R1, hidden, 0.25, nothing, slope=0.1, covariance=True)
+    check_close(filled, mean.expand(3, 2), 1e-12)
+    check_close(cov, marginal.expand(3, 2, 2), 1e-12)
+    posterior = exact_posterior(R1, hidden, 0.25, observed=nothing, slope=0.1)
+    check_close(posterior.log_px, np.zeros(3), 1e-14)
+    check_close(posterior.covariance, np.ones((3, 1, 1)), 1e-12)
+    check_close(impute(R1, XM, 0.25, ~nothing, slope=0.1), XM, 1e-15)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "full"])
+def test_missing_values_marginalise(noise):
+    layers = random_network(11, [1, 5, 4, 3])
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(4, 3))
+    variance = np.array([0.2, 0.4, 0.3]) if noise == "diagonal" else 0.3 * np.cov(rng.normal(size=(3, 9)))
+    observed = np.array([[1, 1, 0], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
+    value = exact_log_likelihood(layers, T(np.where(observed, x, np.nan)), variance, observed=torch.as_tensor(observed), slope=0.1)
+    filled, cov = impute(layers, T(np.where(observed, x, np.nan)), variance, torch.as_tensor(observed), slope=0.1, covariance=True)
+    for row in range(4):
+        o = observed[row]
+        part = [*plain(layers)[:-1], (layers[-1][0].numpy()[o], layers[-1][1].numpy()[o])]
+        kept = variance[o] if noise == "diagonal" else variance[np.ix_(o, o)]
+        check_close(value[row], relu_marginal(part, x[row, o], kept, 0.1)[0], 1e-12)
+    # One row's conditional density of the missing value, by the ratio of exact densities on a grid.
+    grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    full = T(x[:1]).repeat(4001, 1)
+    full[:, 2] = grid
+    weight = torch.exp(exact_log_likelihood(layers, full, variance, slope=0.1) - value[0])
+    check_close(torch.trapezoid(weight, grid), 1.0, 1e-10)
+    check_close(torch.trapezoid(weight * grid, grid), float(filled[0, 2]), 1e-9)
+    check_close(torch.trapezoid(weight * (grid - filled[0, 2]) ** 2, grid), float(cov[0, 2, 2]), 1e-9)
+
+
+# --- Learning
+
+def test_m_step_reference():
+    stats = collect_statistics(R1, XM, 0.25, slope=0.1)
+    W, b = m_step_direction(-1, stats, ridge=1e-15)
+    check_close(torch.cat([W, b[:, None]], 1), [[1.322781917926, -1.167422701357, -3.174036881254, -0.254141378391],
+                                                [-0.855644617525, 0.587268570338, 1.894372768381, 0.140801669362]], 1e-7)
+    W, b = m_step_direction(0, stats, ridge=1e-15)
+    check_close(torch.cat([W[:, 0], b]), [0.585645467804, -1.009093204323, -0.866077035406,
+                                          0.33838989522, 0.039403450185, 2.260447206146], 1e-7)
+
+
+def test_the_undamped_hidden_step_lowers_the_likelihood_and_backtracking_does_not():
+    nll = lambda layers, noise=0.25: -float(exact_log_likelihood(layers, XM, noise, slope=0.1).mean())
+    stats = collect_statistics(R1, XM, 0.25, slope=0.1)
+    check_close(nll(R1), 2.91999986077, 1e-10)
+    check_close(nll([R1[0], m_step_direction(-1, stats, ridge=1e-15)]), 1.89945758365, 1e-9)
+    check_close(nll([m_step_direction(0, stats, ridge=1e-15), R1[1]]), 11.3047514155, 1e-6)
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, 60)
+    x = T(np.stack([np.cos(angle), np.sin(angle)], 1) + 0.1 * np.random.default_rng(1).normal(size=(60, 2)))
+    fell = 0
+    for seed in (0, 5, 9):
+        rng = np.random.default_rng(seed)
+        net = [(T(rng.normal(size=(n, m)) * np.sqrt(2 / (m + n))), T(rng.normal(size=n))) for m, n in ((1, 8), (8, 2))]
+        settings = {"noise_var": 0.09, "num_iterations": 6, "slope": 0.1}
+        fell += bool((fit_em(net, x, method="em", **settings).log_likelihoods.diff() < -0.05).any())
+        gains = fit_em(net, x, method="gem", **settings).log_likelihoods.diff()
+        check_below(-gains, np.zeros(6), slack=1e-10)
+    assert fell >= 2
+
+
+def test_noise_update_reference():
+    result = fit_em([R1[0], R1[1]], XM, noise_var=0.25, method="gem", num_iterations=1, slope=0.1)
+    assert result.log_likelihoods[1] > result.log_likelihoods[0]
+    from dlgm_tutorial._region_em import _noise_update
+    new = _noise_update(collect_statistics(R1, XM, 0.25, slope=0.1), "isotropic")
+    check_close(new, 0.403942960675164, 1e-12)
+    check_close(exact_log_likelihood(R1, XM, new, slope=0.1).mean(), -2.73130782374, 1e-10)
+    data = T([[0.8, 0.1], [-1.2, 0.7], [0.3, 1.9], [2.0, -1.0]])
+    check_close(exact_log_likelihood(R3, data, 0.16, slope=0.1),
+                [-1.60339416537, -4.273310475312, -3.64596561907, -3.140411435607], 1e-11)
+    new = _noise_update(collect_statistics(R3, data, 0.16, slope=0.1), "isotropic")
+    check_close(new, 0.2282006519924, 1e-12)
+    check_close(exact_log_likelihood(R3, data, new, slope=0.1).mean(), -3.043075595, 1e-9)
+
+
+@pytest.mark.parametrize("layers", [R2, R3B])
+@pytest.mark.parametrize("noise", ["isotropic", "diagonal", "full"])
+def test_direction_is_a_newton_step_of_the_surrogate_and_an_ascent_direction(layers, noise):
+    """Fisher's identity: at the old weights the surrogate's gradient, gram times step, is the likelihood's; so their product is positive."""
+    D = len(layers[-1][1])
+    x = T(np.random.default_rng(3).normal(size=(6, D)))
+    variance = {"isotropic": T(0.3), "diagonal": torch.linspace(0.2, 0.5, D, dtype=torch.float64),
+                "full": 0.3 * torch.eye(D, dtype=torch.float64) + 0.1}[noise]
+    stats = collect_statistics(layers, x, variance, slope=0.1)
+    for layer in range(len(layers)):
+        leaves = [(W.clone().requires_grad_(), b.clone().requires_grad_()) for W, b in layers]
+        value = exact_log_likelihood(leaves, x, variance, slope=0.1).sum()
+        gradient = torch.autograd.grad(value, leaves[layer])
+        step = [n - o for n, o in zip(m_step_direction(layer, stats), layers[layer], strict=True)]
+        slope = sum((g * s).sum() for g, s in zip(gradient, step, strict=True))
+        assert float(slope) > 0
+        # For the exact M-step of the last layer the gain is at least half the slope, for a quadratic it is just that.
+        if layer == len(layers) - 1:
+            moved = [*layers[:-1], tuple(o + s for o, s in zip(layers[-1], step, strict=True))]
+            gain = exact_log_likelihood(moved, x, variance, slope=0.1).sum() - value
+            check_below(slope.detach() / 2, gain.detach(), slack=1e-9)
+
+
+def test_statistics_with_everything_observed_are_the_complete_ones():
+    x = T(np.random.default_rng(5).normal(size=(6, 3)))
+    noise = T([0.2, 0.3, 0.4])
+    everything = torch.ones(6, 3, dtype=torch.bool)
+    complete = collect_statistics(R3B, x, noise, slope=0.1)
+    masked = collect_statistics(R3B, x, noise, slope=0.1, observed=everything)
+    for layer in range(3):
+        for a, b in zip(m_step_direction(layer, masked), m_step_direction(layer, complete), strict=True):
+            check_close(a, b, 1e-7)
+
+
+@pytest.mark.parametrize("method", ["gem", "gradient"])
+def test_learning_with_missing_values_climbs(method):
+    rng = np.random.default_rng(6)
+    x = T(relu_network(plain(R3B), rng.normal(size=(40, 2)), 0.1)[0] + 0.3 * rng.normal(size=(40, 3)))
+    observed = torch.as_tensor(rng.random((40, 3)) < 0.7)
+    x[~observed] = torch.nan
+    result = fit_em(random_network(1, [2, 3, 3]), x, method=method, noise="diagonal", observed=observed, num_iterations=5, slope=0.1)
+    check_below(result.log_likelihoods[:-1], result.log_likelihoods[1:], slack=1e-9)
+    assert result.log_likelihoods[-1] > result.log_likelihoods[0] + 0.1
+
+
+@pytest.mark.parametrize("noise", ["isotropic", "diagonal", "full"])
+@pytest.mark.parametrize("method", ["gem", "gradient"])
+def test_likelihood_never_falls(method, noise):
+    x = T(relu_network(plain(R2), np.random.default_rng(2).normal(size=(60, 1)), 0.1)[0]
+          + 0.2 * np.random.default_rng(3).normal(size=(60, 2)))
+    net = initialise(mlp([1, 4, 2], lambda: nn.LeakyReLU(0.1), dtype=torch.float64), bias=1.0, generator=torch.Generator().manual_seed(1))
+    before = [p.clone() for p in net.parameters()]
+    result = fit_em(net, x, method=method, noise=noise, num_iterations=12)
+    check_below(result.log_likelihoods[:-1], result.log_likelihoods[1:], slack=1e-9)
+    assert result.noise_var.shape == {"isotropic": (), "diagonal": (2,), "full": (2, 2)}[noise]
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    check_close(exact_log_likelihood(result.decoder, x, result.noise_var).mean(), float(result.log_likelihoods[-1]), 1e-9)
+
+
+@pytest.mark.slow
+def test_likelihood_never_falls_from_a_hundred_starts():
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, 100)
+    x = T(np.stack([np.cos(angle), np.sin(angle)], 1) + 0.1 * np.random.default_rng(1).normal(size=(100, 2)))
+    for seed in range(100):
+        result = fit_em(random_network(seed, [1, 8, 2]), x, num_iterations=10, slope=0.1)
+        check_below(result.log_likelihoods[:-1], result.log_likelihoods[1:], slack=1e-9)
+
+
+def test_affine_em_reaches_probabilistic_pca():
+    rng = np.random.default_rng(0)
+    x = T(rng.normal(size=(80, 1)) @ rng.normal(size=(1, 5)) + 0.5 * rng.normal(size=(80, 5)))
+    result = fit_em([(T(rng.normal(size=(5, 1))), T(np.zeros(5)))], x, num_iterations=400)
+    values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))
+    check_close(result.noise_var, values[:-1].mean(), 1e-6)
+    best = -0.5 * (5 * np.log(2 * np.pi) + torch.log(values[-1]) + 4 * torch.log(values[:-1].mean()) + 5)
+    check_close(result.log_likelihoods[-1], float(best), 1e-6)
+
+
+# --- Refusals
+
+def test_smooth_units_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="Tanh: a smooth unit has no regions"):
+        partition(mlp([1, 3, 2], "tanh"))
+
+
+def test_too_many_regions_are_refused_with_the_count_before_memory_is_spent():
+    with pytest.raises(ValueError, match="max_regions is 100, but the decoder has at least 1"):
+        partition(random_network(0, [2, 40, 2]), max_regions=100)
+    with pytest.raises(ValueError, match="at least 41 regions"):
+        exact_log_likelihood(random_network(0, [1, 40, 2]), XM, 1.0, max_regions=40)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"noise_var": 0.0}, "noise_var must be positive, got 0"), ({"noise_var": T([0.1, -1.0])}, "noise_var must be positive, got -1"),
+    ({"noise_var": T([1.0, 1.0, 1.0])}, r"noise_var must be a number, \[2\] or \[2, 2\], got \[3\]"),
+    ({"noise_var": T([[1.0, 2.0], [2.0, 1.0]])}, "symmetric and positive definite"),
+    ({"noise_var": float("nan")}, "noise_var must be finite"), ({"x": T([[0.1, float("nan")]])}, "x must be finite"),
+    ({"x": T([[0.1]])}, r"x must have shape \[B, 2\]"), ({"observed": T([1.0, 0.0])}, "observed must be bool"),
+    ({"decoder": []}, "at least one layer"), ({"decoder": [(T([[1.0]]), T([1.0, 2.0]))]}, "decoder layer 0 must have weight"),
+    ({"decoder": [(T([[float("inf")]]), T([1.0]))]}, "decoder layer 0 must be finite"),
+    ({"decoder": nn.Sequential(nn.ReLU(), nn.Linear(1, 2))}, "decoder must alternate"), ({"chunk": 0}, "chunk must be a positive integer")])
+def test_bad_arguments_are_named(change, message):
+    arguments = {"decoder": R1, "x": XM, "noise_var": 0.25, "slope": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        exact_log_likelihood(arguments.pop("decoder"), arguments.pop("x"), arguments.pop("noise_var"), **arguments)
+
+
+def test_wrong_types_and_settings_are_named():
+    with pytest.raises(TypeError, match="x must be a tensor of floats, got ndarray"):
+        exact_log_likelihood(R1, XM.numpy(), 0.25)
+    with pytest.raises(TypeError, match="decoder must be an nn.Sequential or a list"):
+        partition(3.0)
+    with pytest.raises(ValueError, match="method must be 'em', 'gem' or 'gradient', got 'sgd'"):
+        fit_em(R1, XM, method="sgd")
+    with pytest.raises(ValueError, match="noise must be 'isotropic', 'diagonal' or 'full'"):
+        fit_em(R1, XM, noise="spherical")
+    with pytest.raises(ValueError, match="damping must be in"):
+        fit_em(R1, XM, damping=0.0)
+    with pytest.raises(ValueError, match="x must hold at least one datum"):
+        fit_em(R1, XM[:0])
+    with pytest.raises(ValueError, match="top must be a positive integer"):
+        e_step(R1, XM, 0.25, top=0)
+    with pytest.raises(ValueError, match="layer must be a number"):
+        m_step_direction(2, collect_statistics(R1, XM, 0.25))
+    with pytest.raises(ValueError, match="observed must be given"):
+        impute(R1, XM, 0.25, None)
+    with pytest.raises(ValueError, match=r"loc and cov must have shapes \[3, 1\]"):
+        exact_elbo(R1, XM, 0.25, T([[0.0]]), T([[1.0]]))
+    with pytest.raises(ValueError, match="noise must be one of"):
+        num_parameters(R1, "none")
+    with pytest.raises(ValueError, match="z must have shape"):
+        exact_posterior(R1, XM, 0.25).log_prob(T([[0.0]]))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU")])])
+@pytest.mark.parametrize("layers", [R1, R3])
+def test_results_live_where_the_arguments_do(layers, device):
+    moved = [(W.to(device), b.to(device)) for W, b in layers]
+    posterior = exact_posterior(moved, XM.to(device), 0.25, slope=0.1)
+    assert posterior.mean.device.type == device
+    check_close(posterior.log_px, exact_log_likelihood(layers, XM, 0.25, slope=0.1), 1e-12)
+    result = fit_em(moved, XM.to(device), noise_var=0.25, num_iterations=2, slope=0.1)
+    assert result.noise_var.device.type == device
