@@ -1,8 +1,9 @@
-"""Text source -> notebook: `python tools/notebooks.py [--check] [book/.../01_x.md ...]`.
+"""Text source -> notebook: `python tools/notebooks.py [--check | --text] [book/.../01_x.md ...]`.
 
 Each source becomes an executed notebook beside it, with the Colab link under its title and the cell that installs the
 package where it is missing. Without sources: every page whose notebook is not in step with its text.
 With --check nothing is executed or written; notebooks out of step are reported.
+With --text nothing is executed: only prose may have changed, the outputs stay.
 
 Executing a page also writes book/results/pages/CHAPTER/PAGE.json: how long it took and what its checks found.
 """
@@ -83,6 +84,16 @@ def skeleton(nb):
     return [(c.cell_type, c.id, c.source, dict(c.metadata)) for c in nb.cells]
 
 
+def with_outputs_of(nb, old):
+    """The notebook with the outputs of an older one whose code cells are the same, else None."""
+    new_code, old_code = ([c for c in n.cells if c.cell_type == "code"] for n in (nb, old))
+    if [c.source for c in new_code] != [c.source for c in old_code]:
+        return None
+    for cell, before in zip(new_code, old_code, strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    return nb
+
+
 def in_step(source):
     target = source.with_suffix(".ipynb")
     return target.exists() and skeleton(nbformat.read(target, 4)) == skeleton(from_source(source))
@@ -90,7 +101,9 @@ def in_step(source):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true")
+    mode.add_argument("--text", action="store_true")
     parser.add_argument("sources", nargs="*", type=Path)
     args = parser.parse_args()
     sources = [s.resolve() for s in args.sources] or [s for s in pages() if not in_step(s)]
@@ -101,6 +114,11 @@ def main():
         return len(stale) > 0
     for source in sources:
         nb, target = from_source(source), source.with_suffix(".ipynb")
+        if args.text:
+            if not target.exists() or with_outputs_of(nb, nbformat.read(target, 4)) is None:
+                raise SystemExit(f"{source.relative_to(ROOT)}: code changed; leave out --text")
+            nbformat.write(nb, target)
+            continue
         record = execute(nb, source.parent)
         nbformat.write(nb, target)
         found = ROOT / "book" / "results" / "pages" / source.parent.name / f"{source.stem}.json"
