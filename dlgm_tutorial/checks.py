@@ -37,13 +37,13 @@ def _same_shape(got, want):
 
 
 def _conclude(ok, label, what, rule, **record):
-    path = os.environ.get("DLGM_LEDGER")
-    if path:
-        with open(path, "a") as file:
-            file.write(json.dumps({"label": label, "what": what, "rule": rule, **record}) + "\n")
     title = " · ".join(filter(None, (label, what)))
     if not ok:
         raise CheckError(f"{title}: expected {rule}; {record}")
+    path = os.environ.get("DLGM_LEDGER")
+    if path:  # only what held: a mistake made on purpose is no witness
+        with open(path, "a") as file:
+            file.write(json.dumps({"label": label, "what": what, "rule": rule, **record}) + "\n")
     print(f"ok   {title} · {rule}")
 
 
@@ -60,10 +60,11 @@ def check_close(got, want, atol=0.0, label="", *, rtol=0.0, what=""):
     got, want = _same_shape(got, want)
     if atol <= 0 and rtol <= 0:
         raise ValueError("atol or rtol must be positive")
-    difference = np.abs(got - want)
+    with np.errstate(invalid="ignore"):  # inf - inf is not a number, and fails below
+        difference = np.abs(got - want)
     allowed = atol + rtol * np.abs(want)
     parts = [f"{atol:g}"] * (atol > 0) + [f"{rtol:g} |want|"] * (rtol > 0)
-    ok = bool(np.all(difference <= allowed))  # False for a NaN
+    ok = bool(np.all((difference <= allowed) & np.isfinite(difference)))  # an infinite `want` allows nothing
     _conclude(ok, label, what, f"|difference| <= {' + '.join(parts)}",
               difference=float(np.max(difference)), comparisons=int(got.size))
 
@@ -87,9 +88,11 @@ def check_mc(samples, want, label="", *, z=5.0, what="", standard_error=None):
     else:
         estimate, error = _same_shape(samples, standard_error)
     estimate, want = _same_shape(estimate, want)
-    difference = np.abs(estimate - want)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(estimate - want)
     # Equal to rounding counts as equal: a constant estimator has no standard error.
-    ok = bool(np.all(difference <= z * error + 1e-12 * np.abs(want)))
+    allowed = z * error + 1e-12 * np.abs(want)
+    ok = bool(np.all((difference <= allowed) & np.isfinite(allowed)))
     largest = np.max(np.divide(difference, error, out=np.zeros_like(difference), where=error > 0))
     _conclude(ok, label, what, f"within {z:g} standard errors", z=float(largest), limit=float(z),
               standard_error=float(np.max(error)), comparisons=int(estimate.size))

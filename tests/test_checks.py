@@ -20,6 +20,20 @@ def test_close_refuses_what_is_wrong(got):
         check_close(got, [1.0, 2.0], 1e-3, "eq-x")
 
 
+@pytest.mark.parametrize("got", [1.0, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("want", [np.inf, -np.inf, np.nan])
+def test_an_infinite_truth_allows_nothing(got, want):
+    with pytest.raises(CheckError):
+        check_close(got, want, rtol=1e-3, label="eq-x")
+    with pytest.raises(CheckError):
+        check_mc(got, want, "eq-x", standard_error=1.0)
+
+
+def test_mc_refuses_an_infinite_error_bar():
+    with pytest.raises(CheckError):
+        check_mc(3.0, 1.0, "eq-x", standard_error=np.inf)
+
+
 def test_close_compares_shapes_before_numbers():
     with pytest.raises(ValueError, match=r"got has shape \(3,\), want has shape \(3, 1\)"):
         check_close(np.ones(3), np.ones((3, 1)), 1e-3)
@@ -55,3 +69,10 @@ def test_differences_go_to_the_ledger_file(tmp_path, monkeypatch):
     first, second = map(json.loads, (tmp_path / "ledger").read_text().splitlines())
     assert first["label"] == "eq-x" and first["difference"] == pytest.approx(1e-4)
     assert second["comparisons"] == 2 and second["limit"] == 5
+
+
+def test_a_check_that_fails_is_no_entry_of_the_ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLGM_LEDGER", str(tmp_path / "ledger"))
+    with pytest.raises(CheckError):
+        check_close(1.0, 2.0, 1e-3, "eq-x")
+    assert not (tmp_path / "ledger").exists()
