@@ -64,29 +64,63 @@ def _definitions(tree, prefix=""):
 
 
 def ledger():
-    by_label, made_by = checks(), implementations()
-    lines = ["| equation | label | implemented by | checked | tolerance | difference found |", "|---|---|---|---|---|---|"]
-    for label in equations():
-        if label.startswith("def-"):
-            lines.append(f"| {{eq}}`{label}` | `{label}` | | a definition | | |")
-            continue
-        code = ", ".join(f"`{name}`" for name in made_by.get(label, []))
-        for i, check in enumerate(by_label.get(label, [{}])):
-            head = f"| {{eq}}`{label}` | `{label}` | {code}" if i == 0 else "| | | "
-            found = f"{check['z']:.1f} standard errors" if "z" in check else f"{max(check.get('difference', 0.0), 0.0):.1e}"
-            # A bar in a cell would end it.
-            rule = check.get("rule", "").replace("|difference|", "difference").replace("|want|", "want")
-            lines.append(f"{head} | {check.get('what', '')} | {rule} | {found if check else ''} |")
-    return "\n".join(lines)
+    """A table for each page: its equations with the code that implements them, and under each its checks."""
+    by_label, made_by, by_page = checks(), implementations(), {}
+    for label, source in equations().items():
+        by_page.setdefault(source, []).append(label)
+    parts = []
+    for source, labels in by_page.items():
+        parts += [f"## {_link(source)}", ""]
+        verified = [label for label in labels if not label.startswith("def-")]
+        defined = [label for label in labels if label.startswith("def-")]
+        if verified:
+            parts += ["| equation and code | checked | demanded | found |", "|---|---|---|---|"]
+        for label in verified:
+            code = "".join(f"<br>{_code(name)}" for name in _once(made_by.get(label, [])))
+            for i, check in enumerate(by_label.get(label, [{}])):
+                head = f"{{eq}}`{label}` {_code(label)}{code}" if i == 0 else ""
+                parts.append(f"| {head} | {check.get('what', '')} | {_demanded(check)} | {_found(check)} |")
+        if defined:
+            parts += ["", f"Definitions, without a check: {', '.join(f'{{eq}}`{label}`' for label in defined)}."]
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _once(names):
+    """Each name once, where the NumPy version in `scratch` and the PyTorch version share it."""
+    short = [name.removeprefix("scratch.") for name in names]
+    return sorted(set(short), key=short.index)
+
+
+def _code(name):
+    """A name that a narrow table may break after a dot or an underscore."""
+    return "<code class='literal'>" + re.sub(r"([._])", r"\1<wbr>", name) + "</code>"
+
+
+def _demanded(check):
+    # A bar in a cell would end it; a plain hyphen in 1e-12 would let it break.
+    rule = check.get("rule", "").replace("|difference| <=", "≤").replace("|want|", "of the value")
+    return rule.replace("e-", "e\u2011")
+
+
+def _found(check):
+    if "z" in check:
+        return f"{check['z']:.1f} standard errors"
+    if check.get("difference", 0.0) <= 0.0:
+        return "below" if check.get("rule", "").startswith("never above") else "equal" if check else ""
+    return f"{check['difference']:.1e}".replace("e-", "e\u2011")
+
+
+def _link(source):
+    title = re.search(r"(?m)^# (.*)$", source.read_text()).group(1)
+    return f"[{title}]({source.relative_to(ROOT / 'book').with_suffix('.ipynb').as_posix()})"
 
 
 def run_times():
     lines = ["| page | seconds |", "|---|---|"]
     for source in pages():
         record = recorded(source)
-        title = re.search(r"(?m)^# (.*)$", source.read_text()).group(1)
-        link = f"[{title}]({source.relative_to(ROOT / 'book').with_suffix('.ipynb').as_posix()})"
-        lines.append(f"| {link} | {record['seconds'] if record else '—'} |")
+        lines.append(f"| {_link(source)} | {record['seconds'] if record else '—'} |")
     return "\n".join(lines)
 
 
