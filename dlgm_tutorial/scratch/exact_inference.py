@@ -1,0 +1,205 @@
+"""The from-scratch code of book/01_exact_inference. Written by `make scratch`; edit the chapter."""
+
+# --- book/01_exact_inference/01_the_question.ipynb, cell 518e57e7
+import autograd.numpy as np
+from autograd.scipy.special import logsumexp
+
+
+# --- book/01_exact_inference/01_the_question.ipynb, cell f3bd3caf
+def log_normal(x, mean, var):
+    """log N(x | mean, diag(var)) in nats, summed over the last axis: [..., D] -> [...]."""
+    return -0.5 * np.sum((x - mean) ** 2 / var + np.log(2 * np.pi * var), axis=-1)
+
+
+def log_joint(x, z, decoder, noise_var):
+    """log p(z) + log p(x | z) of the model (def-ei-model): x [D], z [..., K] -> [...]."""
+    return log_normal(z, 0.0, np.ones(z.shape[-1])) + log_normal(
+        x, decoder(z), noise_var
+    )
+
+
+# --- book/01_exact_inference/01_the_question.ipynb, cell 2da61438
+def grid_inference(log_joint_on_grid, step):
+    """Log-evidence (a number) and posterior density on an even grid [N] (eq-ei-grid)."""
+    log_evidence = logsumexp(log_joint_on_grid) + np.log(step)
+    return log_evidence, np.exp(log_joint_on_grid - log_evidence)
+
+
+# --- book/01_exact_inference/02_factor_analysis.ipynb, cell 86527514
+import autograd.numpy as np
+
+from dlgm_tutorial.scratch.exact_inference import log_joint, log_normal
+
+
+# --- book/01_exact_inference/02_factor_analysis.ipynb, cell a92ca941
+def posterior(x, weight, bias, noise_var):
+    """Posterior mean [B, K] and precision [K, K] (eq-ei-posterior).
+
+    x [B, D], weight [D, K], bias [D], noise_var [D].
+    """
+    scaled = weight / noise_var[:, None]  # Psi^-1 W, [D, K]
+    precision = np.eye(weight.shape[1]) + weight.T @ scaled
+    mean = np.linalg.solve(precision, scaled.T @ (x - bias).T).T
+    return mean, precision
+
+
+# --- book/01_exact_inference/02_factor_analysis.ipynb, cell 40b96477
+def log_evidence(x, weight, bias, noise_var):
+    """log p(x) in nats, [B], by the joint at the posterior mean (eq-ei-evidence)."""
+    mean, precision = posterior(x, weight, bias, noise_var)
+    log_det = 2 * np.sum(np.log(np.diag(np.linalg.cholesky(precision))))
+    at_mean = log_joint(x, mean, lambda z: z @ weight.T + bias, noise_var)
+    return at_mean + 0.5 * len(precision) * np.log(2 * np.pi) - 0.5 * log_det
+
+
+# --- book/01_exact_inference/02_factor_analysis.ipynb, cell 9518f4d2
+def posterior_missing(x, observed, weight, bias, noise_var):
+    """Posterior mean [B, K] and precision [B, K, K] from visible pixels (eq-ei-missing).
+
+    observed: [B, D], true where x was seen; x may hold anything elsewhere.
+    """
+    num_latents = weight.shape[1]
+    scaled = weight / noise_var[:, None]
+    outer = (weight[:, :, None] * scaled[:, None, :]).reshape(
+        len(weight), -1
+    )  # [D, K K]
+    precision = (observed @ outer).reshape(-1, num_latents, num_latents)
+    precision = np.eye(num_latents) + precision
+    evidence = np.where(observed, x - bias, 0.0) @ scaled
+    return np.linalg.solve(precision, evidence[..., None])[..., 0], precision
+
+
+# --- book/01_exact_inference/03_learning.ipynb, cell 49530f04
+import autograd.numpy as np
+
+
+# --- book/01_exact_inference/03_learning.ipynb, cell 91993921
+def average_evidence(weight, noise_var, data_cov):
+    """Mean of log p(x) over data of covariance data_cov [D, D], bias at their mean (eq-ei-average)."""
+    cov_x = weight @ weight.T + np.diag(noise_var)
+    quadratic = np.trace(np.linalg.solve(cov_x, data_cov))
+    return -0.5 * (
+        len(data_cov) * np.log(2 * np.pi) + np.linalg.slogdet(cov_x)[1] + quadratic
+    )
+
+
+# --- book/01_exact_inference/03_learning.ipynb, cell 684f8bf0
+def gradient_by_hand(weight, noise_var, data_cov):
+    """Gradient of the average evidence in weight [D, K] and noise_var [D] (eq-ei-gradient)."""
+    cov_x = weight @ weight.T + np.diag(noise_var)
+    half = np.linalg.solve(
+        cov_x, np.eye(len(data_cov)) - np.linalg.solve(cov_x, data_cov).T
+    )  # G
+    return -half @ weight, -0.5 * np.diag(half)
+
+
+# --- book/01_exact_inference/03_learning.ipynb, cell a6aee57d
+def posterior_moments(weight, noise_var, data_cov):
+    """Means over data and posterior of (x - b) z^T [D, K] and z z^T [K, K] (eq-ei-moments)."""
+    scaled = weight / noise_var[:, None]
+    precision = np.eye(weight.shape[1]) + weight.T @ scaled
+    cov = np.linalg.solve(precision, np.eye(len(precision)))
+    cross = data_cov @ scaled @ cov
+    return cross, cov + cov @ scaled.T @ cross
+
+
+def gradient_by_posterior(weight, noise_var, data_cov):
+    """The same gradient by Fisher's identity (eq-ei-fisher): moments of the posterior alone."""
+    cross, second = posterior_moments(weight, noise_var, data_cov)
+    by_weight = (cross - weight @ second) / noise_var[:, None]
+    squares = (
+        np.diag(data_cov)
+        - 2 * np.sum(weight * cross, 1)
+        + np.sum(weight @ second * weight, 1)
+    )
+    return by_weight, 0.5 * (squares / noise_var**2 - 1 / noise_var)
+
+
+# --- book/01_exact_inference/03_learning.ipynb, cell ee83e42a
+def em_step(weight, noise_var, data_cov):
+    """One EM step of factor analysis (eq-ei-em-weight, eq-ei-em-noise): new weight and noise_var."""
+    cross, second = posterior_moments(weight, noise_var, data_cov)
+    weight = np.linalg.solve(second, cross.T).T
+    return weight, np.diag(data_cov) - np.sum(weight * cross, 1)
+
+
+# --- book/01_exact_inference/03_learning.ipynb, cell d7d06479
+def ppca(data_cov, num_latents):
+    """Maximum-likelihood weight [D, K] and noise variance (a number) of PPCA (eq-ei-ppca)."""
+    values, vectors = np.linalg.eigh(data_cov)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    noise_var = np.mean(values[num_latents:])
+    return vectors[:, :num_latents] * np.sqrt(
+        values[:num_latents] - noise_var
+    ), noise_var
+
+
+# --- book/01_exact_inference/05_estimating.ipynb, cell 699ee1b7
+def prior_second_moment(x, weight, bias, noise_var):
+    """log of E p(x | z)^2 / p(x)^2 under the prior, [B] (eq-ei-prior-variance)."""
+    halved = log_evidence(x, weight, bias, noise_var / 2)
+    constant = -0.5 * np.sum(np.log(4 * np.pi * noise_var))
+    return halved - 2 * log_evidence(x, weight, bias, noise_var) + constant
+
+
+# --- book/01_exact_inference/05_estimating.ipynb, cell c63ebc93
+def log_mean_weight(log_w):
+    """Log of the mean weight, its standard error, and the ESS (eq-ei-error-bar): [S] -> three numbers."""
+    num = len(log_w)
+    value = logsumexp(log_w) - np.log(num)
+    ess = np.exp(2 * logsumexp(log_w) - logsumexp(2 * log_w))
+    return value, np.sqrt((num / ess - 1) / (num - 1)), ess
+
+
+# --- book/01_exact_inference/05_estimating.ipynb, cell 0dbe3953
+def proposal_second_moment(s, num_latents):
+    """E_q w^2 / p(x)^2 for a proposal s times as wide as the posterior (eq-ei-importance-variance)."""
+    inside = np.maximum(2 * s**2 - 1, 0.0)
+    with np.errstate(divide="ignore"):
+        return (s**2 / np.sqrt(inside)) ** num_latents
+
+
+# --- book/01_exact_inference/05_estimating.ipynb, cell 1b3c46ae
+def elbo(x, loc, cov, weight, bias, noise_var):
+    """ELBO of q = N(loc [K], cov [K, K]) for one picture x [D] (eq-ei-elbo-closed)."""
+    precision = np.eye(len(loc)) + weight.T @ (weight / noise_var[:, None])
+    entropy = 0.5 * np.linalg.slogdet(2 * np.pi * np.e * cov)[1]
+    at_loc = log_joint(x, loc, lambda z: z @ weight.T + bias, noise_var)
+    return at_loc - 0.5 * np.trace(precision @ cov) + entropy
+
+
+# --- book/01_exact_inference/05_estimating.ipynb, cell 377b3bf1
+def mean_field_gap(precision):
+    """What the best diagonal Gaussian leaves behind, in nats (eq-ei-mean-field-gap): [K, K] -> number."""
+    return 0.5 * (np.sum(np.log(np.diag(precision))) - np.linalg.slogdet(precision)[1])
+
+
+# --- book/01_exact_inference/06_a_bend.ipynb, cell 99f936c9
+import autograd.numpy as np
+from autograd.scipy.stats import norm
+
+
+# --- book/01_exact_inference/06_a_bend.ipynb, cell 8c6c3b19
+U, V = np.array([0.8, 1.5]), np.array([-0.8, 1.5])
+
+
+def tanh_decoder(z):
+    """A decoder that saturates (def-ei-bent): z [..., 1] -> [..., 2]."""
+    return np.concatenate([2 * np.tanh(z), 0.25 * z], axis=-1)
+
+
+def v_decoder(z):
+    """A decoder with a kink at zero (def-ei-bent): z [..., 1] -> [..., 2]."""
+    return U * np.maximum(z, 0) + V * np.maximum(-z, 0)
+
+
+# --- book/01_exact_inference/06_a_bend.ipynb, cell 46ef60e7
+def v_log_evidence(x, noise_var):
+    """log p(x) of the V-shaped decoder, [B], exactly (eq-ei-two-pieces): x [B, 2]."""
+    total = 0.0
+    for slope, sign in ((U, 1.0), (-V, -1.0)):
+        weight, bias = slope[:, None], np.zeros(2)
+        mean, precision = posterior(x, weight, bias, noise_var)
+        mass = norm.cdf(sign * mean[:, 0] * np.sqrt(precision[0, 0]))
+        total = total + np.exp(log_evidence(x, weight, bias, noise_var)) * mass
+    return np.log(total)
