@@ -4,13 +4,17 @@ Each row of the paper's table is an experiment of its own, so that the rows can 
 `mnist-gaussian`, `mnist-mixture-3`, `mnist-dp-17`, and the controls that the paper lacks.
 """
 
+import copy
 import math
 
 import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
 
+from dlgm_tutorial.distributions import FullNormal
 from dlgm_tutorial.mixture_latents import MixtureDLGM, StickBreakingVAE
+from dlgm_tutorial.objectives import renyi
 from dlgm_tutorial.reproduce import experiment
 from dlgm_tutorial.training import EVALUATION, fit, stream
 
@@ -146,3 +150,144 @@ def mnist_equal_compute(run):
 def mnist_stick_breaking(run):
     """The stick-breaking VAE, 50 weights, concentration 5, on the fixed binarisation."""
     return mnist_cell(run, StickBreakingVAE(784, 50, hidden_dims=(500,), concentration=5.0))
+
+
+# --- Digits: every bound, and the controls that the paper lacks
+
+DIGITS_STEPS, LATENTS, SPREAD = 2500, 5, (-1.5, -0.75, 0.0, 0.75, 1.5)
+
+
+class MixturePriorVAE(MixtureDLGM):
+    """The mixture prior with a single Gaussian posterior: what the prior alone does."""
+
+    def __init__(self, data_dim, latent_dim, num_components, **options):
+        super().__init__(data_dim, latent_dim, 1, **options)
+        shift = torch.linspace(-1.5, 1.5, num_components)[:, None]
+        self.register_buffer("means", shift.expand(num_components, latent_dim).contiguous())
+
+    def _log_prior(self, z):
+        square = (z[..., None, :] - self.means).square().sum(-1)
+        constant = math.log(len(self.means)) + 0.5 * z.shape[-1] * math.log(2 * math.pi)
+        return torch.logsumexp(-0.5 * square, -1) - constant
+
+    def log_joint(self, x, z, *, coordinates="state"):
+        return self._log_px(x)(z) + self._log_prior(z)
+
+    def bound(self, x, *, num_samples=1, noise=None, generator=None, kind=None):
+        noise = self._noise(len(x), num_samples, noise, generator, self.prior_loc)["components"]
+        loc, log_scale = self.recognise(x)[:2]
+        z = (loc + log_scale.exp() * noise)[:, :, 0]
+        return self.log_joint(x, z).mean(0) + (log_scale + 0.5 * math.log(2 * math.pi * math.e)).sum((-1, -2))
+
+
+class FullCovarianceVAE(MixtureDLGM):
+    """One Gaussian posterior with a full covariance."""
+
+    def __init__(self, data_dim, latent_dim, **options):
+        super().__init__(data_dim, latent_dim, 1, **options)
+        self.off_diagonal = nn.Linear(self.encoder[0][-1].out_features, latent_dim**2)
+        nn.init.zeros_(self.off_diagonal.weight)
+        nn.init.zeros_(self.off_diagonal.bias)
+
+    def posterior(self, x):
+        h = self.encoder(x)
+        loc, log_scale = (part[:, 0] for part in self.components(h))
+        below = self.off_diagonal(h).unflatten(-1, (loc.shape[-1],) * 2).tril(-1)
+        return FullNormal(loc, below + torch.diag_embed(log_scale.exp()))
+
+    def bound(self, x, *, num_samples=1, noise=None, generator=None, kind=None):
+        noise = self._noise(len(x), num_samples, noise, generator, self.prior_loc)["components"]
+        q = self.posterior(x)
+        z = q.rsample((num_samples,), noise=noise[:, :, 0])
+        return self.log_joint(x, z).mean(0) + q.entropy()
+
+
+class RenyiVAE(MixtureDLGM):
+    """One Gaussian, trained by the Renyi bound of order 1/2."""
+
+    def bound(self, x, *, num_samples=1, noise=None, generator=None, kind=None):
+        noise = self._noise(len(x), num_samples, noise, generator, self.prior_loc)["components"]
+        loc, log_scale = self.recognise(x)[:2]
+        z = (loc + log_scale.exp() * noise)[:, :, 0]
+        return renyi(self.log_joint(x, z) - self.posterior(x).log_prob(z), 0.5)
+
+
+def digits_data(run):
+    return [run.load("digits", split, binarization="threshold") for split in ("train", "valid", "test")]
+
+
+def digits_cell(run, part, model, *, num_samples=1):
+    """Train on the 8x8 digits, keep the parameters with the best validation bound, measure on the test images."""
+    train, valid, test = digits_data(run)
+    best = {"value": -math.inf}
+
+    def after_epoch(model, epoch):
+        if (epoch + 1) % 10:
+            return
+        with torch.no_grad():
+            value = float(model.bound(valid.x.to(run.device), num_samples=20, generator=generator(run, epoch)).mean())
+        if value > best["value"]:
+            best.update(value=value, epoch=epoch + 1, state=copy.deepcopy(model.state_dict()))
+
+    # No checkpoint: a cell takes a minute, and its best state lives in memory.
+    options = {**run.fit_options(part), "checkpoint": None, "progress": None}
+    history = fit(model, train.x, batch_size=100, lr=1e-3, num_samples=num_samples, after_epoch=after_epoch, **options)
+    model.load_state_dict(best["state"])
+    figures = {"seconds": history[-1]["seconds"], "best_epoch": best["epoch"],
+               "parameters": sum(p.numel() for p in model.parameters()), "N": len(train.x), "updates": run.steps}
+    figures |= evaluate(model, test.x, run, num_samples=2000)
+    figures |= knn_errors(model, train, test, run, (5,))
+    if model.nums[0] > 1:
+        figures |= weights_used(model, test.x, run)
+    return figures
+
+
+def spread_means(num_components=5):
+    return torch.tensor(SPREAD)[:, None].expand(num_components, LATENTS)
+
+
+def digits_rows(runs):
+    """One row a model: means over the seeds, and the standard deviation of the log-likelihood between seeds."""
+    rows = []
+    for name in runs[0]["figures"]:
+        cells = [run["figures"][name] for run in runs]
+        mean = lambda key: float(np.mean([cell[key] for cell in cells])) if key in cells[0] else None  # noqa: B023
+        rows.append({"model": name, "seeds": len(cells), "bound": mean("bound"), "nll": mean("nll"),
+                     "nll_sd": float(np.std([c["nll"] for c in cells], ddof=1)) if len(cells) > 1 else None,
+                     "gap": -mean("nll") - mean("bound"), "knn_samples": mean("knn_samples_5"),
+                     "knn_means": mean("knn_means_5"), "weight_entropy": mean("weight_entropy"),
+                     "weight_entropy_max": mean("weight_entropy_max"), "seconds": mean("seconds")})
+    return rows
+
+
+def digits_model(num_components, **options):
+    return MixtureDLGM(64, LATENTS, num_components, hidden_dims=(200,), **options)
+
+
+@experiment("03", "digits-bounds", paper=PAPER, table="controls", hours=0.5, steps=DIGITS_STEPS, rows=digits_rows)
+def digits_bounds(run):
+    """The 8x8 digits: every bound, equal and spread prior components, and two controls."""
+    spread = {"prior_loc": spread_means()}
+    cells = {"one Gaussian": (digits_model(1), 1), "one Gaussian, 3 draws": (digits_model(1), 3)}
+    for kind in ("paper", "indicator", "mixture", "collapsed", "siw"):
+        weights = "softmax" if kind in ("collapsed", "siw") else "sticks"
+        cells[f"C = 3, {kind}"] = (digits_model(3, kind=kind, weights=weights), 1)
+    cells["DP, T = 10, indicator"] = (digits_model(10, prior="gem"), 1)
+    cells["spread prior, one Gaussian"] = (MixturePriorVAE(64, LATENTS, 5, hidden_dims=(200,)), 1)
+    for kind in ("paper", "indicator", "mixture", "collapsed", "siw"):
+        weights = "softmax" if kind in ("collapsed", "siw") else "sticks"
+        cells[f"spread prior, C = 5, {kind}"] = (digits_model(5, kind=kind, weights=weights, **spread), 1)
+    return {name: digits_cell(run, name, model, num_samples=num) for name, (model, num) in cells.items()}
+
+
+@experiment("03", "digits-equal-passes", paper=PAPER, table="control", hours=0.2, steps=DIGITS_STEPS, rows=digits_rows)
+def digits_equal_passes(run):
+    """The 8x8 digits at three decoder passes a step: posterior family against objective."""
+    options = {"hidden_dims": (200,)}
+    cells = {"Gaussian, ELBO": (digits_model(1), 3),
+             "full covariance, ELBO": (FullCovarianceVAE(64, LATENTS, **options), 3),
+             "Gaussian, IWAE": (digits_model(1, kind="siw"), 3),
+             "Gaussian, Renyi 1/2": (RenyiVAE(64, LATENTS, 1, **options), 3),
+             "mixture of 3, mixture": (digits_model(3, kind="mixture"), 1),
+             "mixture of 3, siw": (digits_model(3, kind="siw", weights="softmax"), 1)}
+    return {name: digits_cell(run, name, model, num_samples=num) for name, (model, num) in cells.items()}
