@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributions import Beta, kl_divergence
 
 from dlgm_tutorial.distributions import Kumaraswamy
+from dlgm_tutorial.evaluation import Estimate, log_likelihood_is
 from dlgm_tutorial.likelihoods import Bernoulli, Gaussian
 from dlgm_tutorial.networks import ACTIVATIONS, mlp
 
@@ -111,7 +112,7 @@ def _rule(name, device):
 
 
 def expected_log1m(a, b):
-    """Integrate E log(1 - v) for v Kumaraswamy, by the quadrature of (mx-quadrature): [...] -> [...], float64.
+    """Integrate E log(1 - v) for v Kumaraswamy, by the quadrature of eq-mx-quadrature: [...] -> [...], float64.
 
     a, b: positive float64 tensors of one shape. On [0.1, 20] x [0.1, 30] 32 nodes after the singular part is
     subtracted, absolute error below 2e-9; elsewhere 320 double-exponential nodes, relative error below 1e-6 for a and b
@@ -142,7 +143,7 @@ def _series_log1m(a, b, num_terms):
 
 
 def kl_kumaraswamy_beta(a, b, alpha, beta, *, method="quadrature", num_terms=10):
-    """KL(Kumaraswamy(a, b) || Beta(alpha, beta)) in nats, elementwise: (mx-kl), [...] -> [...].
+    """KL(Kumaraswamy(a, b) || Beta(alpha, beta)) in nats, elementwise: eq-mx-kl, [...] -> [...].
 
     a, b: positive tensors of one shape; alpha, beta: positive numbers or tensors that broadcast against them.
     method: "quadrature" (see `expected_log1m`), or "series", cut after num_terms as in the papers, for comparison
@@ -171,7 +172,7 @@ def kl_kumaraswamy_beta(a, b, alpha, beta, *, method="quadrature", num_terms=10)
 
 
 def stick_breaking(log_v, log1m_v):
-    """Turn C - 1 fractions of a stick into C log-weights: pi_k = v_k prod_{j<k} (1 - v_j), (mx-sticks).
+    """Turn C - 1 fractions of a stick into C log-weights: pi_k = v_k prod_{j<k} (1 - v_j), def-mx-sticks.
 
     log_v, log1m_v: log v and log(1 - v), [..., C-1] -> log pi [..., C]; the last weight is what remains.
 
@@ -188,7 +189,7 @@ def stick_breaking(log_v, log1m_v):
 
 
 def stick_prior(kind, concentration, num_components):
-    """Return (alpha, beta), each [C-1], of the Beta laws of the prior's sticks, (mx-dirichlet-sticks).
+    """Return (alpha, beta), each [C-1], of the Beta laws of the prior's sticks, eq-mx-dirichlet-sticks.
 
     kind: "dirichlet", symmetric Dirichlet(concentration): Beta(concentration, (C - k) concentration); or "gem", the
     weights of a Dirichlet process truncated at C: Beta(1, concentration). num_components: C. Float64 tensors.
@@ -223,7 +224,7 @@ def _log_mean_fractions(log_a, log_b, family):
 
 
 def stick_mean_log_weights(log_a, log_b, *, family="kumaraswamy"):
-    """Return log E pi of independent sticks, (mx-mean-weights): log_a, log_b [..., C-1] -> [..., C].
+    """Return log E pi of independent sticks, eq-mx-mean-weights: log_a, log_b [..., C-1] -> [..., C].
 
     family: law of a fraction, "kumaraswamy" or "beta", with parameters exp(log_a), exp(log_b). The fractions are
     independent, so the mean of the product is the product of the means.
@@ -297,7 +298,7 @@ class MixturePrior(NamedTuple):
     beta: torch.Tensor
 
     def log_weights(self):
-        """log E pi, [C]: the weights of p(z) once pi is integrated out, (mx-prior-collapsed)."""
+        """log E pi, [C]: the weights of p(z) once pi is integrated out, eq-mx-prior-collapsed."""
         mean = self.alpha / (self.alpha + self.beta)
         return stick_breaking(mean.log(), torch.log1p(-mean))
 
@@ -413,10 +414,10 @@ def _check_bound_shapes(loc, log_scale, log_a, log_b, prior, eps):
 def mixture_bound(kind, log_px, loc, log_scale, log_a, log_b, prior, u, eps, *, family="kumaraswamy", log_rho=None):
     """One of five lower bounds of log p(x) for a mixture posterior q(z | x) = sum_k pi_k q_k(z | x), in nats: [B].
 
-    kind      "paper" (mx-paper): equation 1 of Nalisnick, Hertel and Smyth 2016 as printed;
-              "indicator" (mx-indicator): all in closed form but the reconstruction; "mixture" (mx-mixture): the
-              densities of the mixtures; "collapsed" (mx-collapsed): pi integrated out, categorical responsibilities;
-              "siw" (mx-siw): stratified importance weights. In expectation
+    kind      "paper" (eq-mx-paper): equation 1 of Nalisnick, Hertel and Smyth 2016 as printed;
+              "indicator" (eq-mx-indicator): all in closed form but the reconstruction; "mixture" (eq-mx-mixture): the
+              densities of the mixtures; "collapsed" (eq-mx-collapsed): pi integrated out, categorical responsibilities;
+              "siw" (eq-mx-siw): stratified importance weights. In expectation
               paper <= indicator <= mixture <= log p(x), and collapsed <= siw <= log p(x)
     log_px    log p(x | z) of the draws z = loc + exp(log_scale) eps, [S, B, C], or a function that gives it from z
     loc, log_scale   components of the posterior, [B, C, K]
@@ -468,7 +469,7 @@ def mixture_bound(kind, log_px, loc, log_scale, log_a, log_b, prior, u, eps, *, 
 
 
 def factor_mixture_log_likelihood(x, weight, bias, noise_var, log_weights, prior_loc, prior_scale):
-    """Log-likelihood of factor mixture analysis, (mx-fma): a linear decoder under a mixture prior, exact.
+    """Log-likelihood of factor mixture analysis, eq-mx-fma: a linear decoder under a mixture prior, exact.
 
     x [B, D], weight [D, K], bias [D], noise_var [D]; log_weights [C], prior_loc and prior_scale [C, K].
     Returns (log p(x) [B], responsibilities [B, C]) (Montanari and Viroli 2010).
@@ -617,28 +618,17 @@ class _LatentModel(nn.Module):
         return noise
 
     def log_likelihood(self, x, num_samples=None, *, proposal=None, generator=None, chunk=None):
-        """Estimate log p(x) by importance sampling from the posterior, (mx-importance).
+        """Estimate log p(x) by importance sampling from the posterior.
 
-        x [B, D]; num_samples: draws each (default 1000), taken `chunk` at a time (default: all, at most 100 000 rows
-        at once); proposal: an object with rsample and log_prob (default: `posterior(x)`).
+        x [B, D]; num_samples: draws each (default 1000); proposal: maps x to a distribution with rsample and log_prob
+        (default: `posterior`); chunk: pairs of draw and datum in memory at once (default 10 000).
         Returns evaluation.Estimate(value [B], standard_error [B], ess [B]); on average value is below log p(x).
         """
-        from dlgm_tutorial.evaluation import Estimate
-
         x = self._checked(x)
         num_samples = _integer(1000 if num_samples is None else num_samples, 1, "num_samples")
-        chunk = _integer(chunk or max(1, 100_000 // len(x)), 1, "chunk")
-        with torch.no_grad():
-            q = proposal or self.posterior(x)
-            sums = []
-            for done in range(0, num_samples, chunk):
-                z = q.rsample((min(chunk, num_samples - done),), generator=generator)
-                log_w = (self.log_joint(x, z) - q.log_prob(z)).double()
-                sums.append(torch.stack([torch.logsumexp(log_w, 0), torch.logsumexp(2 * log_w, 0)]))
-            first, second = torch.logsumexp(torch.stack(sums), 0)
-        ess = (2 * first - second).exp()
-        error = (1 / ess - 1 / num_samples).clamp(min=0).sqrt()
-        return Estimate(*((part.to(x)) for part in (first - math.log(num_samples), error, ess)))
+        chunk = _integer(10_000 if chunk is None else chunk, 1, "chunk")
+        found = log_likelihood_is(self, x, num_samples, proposal=proposal, generator=generator, chunk=chunk)
+        return Estimate(*(part.to(x) for part in found))
 
     def sample(self, num, *, generator=None):
         """Draw data from the model: [num, D]."""
@@ -674,7 +664,7 @@ class MixtureDLGM(_LatentModel):
     likelihood       "bernoulli" or "gaussian" with noise_var
 
     pi belongs to one datum: integrating it out leaves p(z) = sum_k w_k N(loc_k, scale_k^2) with fixed w = E pi
-    (mx-prior-collapsed), which log_joint uses. With C = 1 the model is the plain VAE.
+    (eq-mx-prior-collapsed), which log_joint uses. With C = 1 the model is the plain VAE.
     Source: Nalisnick, Hertel and Smyth (2016).
 
     >>> model = MixtureDLGM(7, 2, 3, hidden_dims=(5,))
@@ -841,7 +831,7 @@ class MixtureDLGM(_LatentModel):
         return log_mean.exp(), torch.zeros_like(log_mean), _stick_kl(log_a, log_b, prior, self.family)
 
     def _two_layer_bound(self, x, kind, noise):
-        """The bound for two mixture layers, (mx-two-layers): the top's K samples each meet all lower components."""
+        """The bound for two mixture layers, eq-mx-two-layers: the top's K samples each meet all lower components."""
         h = self.encoder(x)
         loc2, log_scale2 = self.components(h)
         mean2, price2, kl2 = self._price(kind, 2, *self._mix(self.mixing, h))
@@ -900,8 +890,6 @@ class MixtureDLGM(_LatentModel):
         linear = self.likelihood == "gaussian" and isinstance(self.decoder, nn.Linear) and self.num_layers == 1
         if not linear or num_samples is not None:
             return super().log_likelihood(x, num_samples, proposal=proposal, generator=generator, chunk=chunk)
-        from dlgm_tutorial.evaluation import Estimate
-
         prior = self._top()
         with torch.no_grad():
             value, _ = factor_mixture_log_likelihood(
@@ -991,7 +979,7 @@ def _beta_log_density(z, a, b):
 
 
 class StickBreakingVAE(_LatentModel):
-    """A VAE whose latent code is the vector of C weights of a broken stick, (mx-sbvae).
+    """A VAE whose latent code is the vector of C weights of a broken stick, eq-mx-sbvae.
 
     data_dim D, num_components C (the truncation), concentration alpha_0 of the prior Beta(1, alpha_0) sticks;
     sticks: law of a fraction under q, "kumaraswamy" or "beta"; decoder: [..., C] -> [..., D].
@@ -1031,6 +1019,7 @@ class StickBreakingVAE(_LatentModel):
             self.decoder.requires_grad_(False)
 
     def prior(self):
+        """The MixturePrior of the sticks; it has no components."""
         return MixturePrior(None, None, self.alpha, self.beta)
 
     def weights(self, z):

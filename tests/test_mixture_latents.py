@@ -818,3 +818,47 @@ def test_models_refuse_bad_input():
             call()
     with pytest.raises(ValueError, match="x must be finite"):
         MixtureDLGM(D, K, C, hidden_dims=(5,), likelihood="gaussian").bound(torch.full((B, D), math.nan))
+
+
+# --- The NumPy twin of the pages
+
+def test_numpy_and_torch_agree_in_value_and_gradient():
+    from autograd import grad
+
+    from dlgm_tutorial.scratch import mixture_latents as scratch
+    parts = [n.numpy() for n in (normal(B, C, K), 0.3 * normal(B, C, K, seed=1), 0.4 * normal(B, C - 1, seed=2), 0.4 * normal(B, C - 1, seed=3))]
+    prior = (normal(C, K, seed=4).numpy(), 0.2 * normal(C, K, seed=5).numpy(), *scratch.stick_prior("gem", 1.7, C))
+    u, eps = uniform(S, B, C - 1).numpy(), normal(S, B, C, K, seed=6).numpy()
+    W = normal(K, seed=7).numpy()
+    numpy_px = lambda z: -((z @ W - 0.3) ** 2)
+    torch_px = lambda z: -((z @ torch.from_numpy(W) - 0.3) ** 2)
+    tensors = [torch.tensor(n, requires_grad=True) for n in parts]
+    torch_prior = MixturePrior(*(torch.as_tensor(n) for n in prior))
+    log_w = torch_prior.log_weights().numpy()
+    for kind in KINDS:
+        if kind in ("paper", "indicator", "mixture"):
+            f = lambda *p, kind=kind: scratch.mixture_bound(kind, numpy_px, *p, prior, u, eps)
+        else:
+            bound = scratch.collapsed_bound if kind == "collapsed" else scratch.siw_bound
+            f = lambda *p, bound=bound: bound(numpy_px, *p[:2], scratch.stick_mean_log_weights(*p[2:]), prior, log_w, eps)
+        theirs = mixture_bound(kind, torch_px, *tensors, torch_prior, torch.from_numpy(u), torch.from_numpy(eps))
+        check_close(theirs, f(*parts), 1e-10, what=kind)
+        slopes = torch.autograd.grad(theirs.sum(), tensors)
+        for i in range(4):
+            check_close(slopes[i], grad(lambda *p, f=f: f(*p).sum(), i)(*parts), 1e-8, what=f"{kind}, argument {i}")
+
+
+def test_numpy_and_torch_agree_on_kl_and_sticks():
+    from dlgm_tutorial.scratch import mixture_latents as scratch
+    a, b = (np.exp(normal(S, B, seed=s).numpy()) for s in (0, 1))
+    as_torch = torch.from_numpy
+    check_close(kl_kumaraswamy_beta(as_torch(a), as_torch(b), 1.0, 3.0), scratch.kl_kumaraswamy_beta(a, b, 1.0, 3.0), 1e-11)
+    check_close(stick_mean_log_weights(as_torch(np.log(a)), as_torch(np.log(b))), scratch.stick_mean_log_weights(np.log(a), np.log(b)), 1e-12)
+    u = uniform(S, B, seed=2)
+    log_v, log1m = scratch.kumaraswamy_draw(np.log(a), np.log(b), u.numpy())
+    theirs = Kumaraswamy(as_torch(a), as_torch(b)).rsample_log(noise=u)
+    check_close(theirs[0], log_v, 1e-11)
+    check_close(theirs[1], log1m, 1e-11)
+    check_close(stick_breaking(*theirs), scratch.stick_breaking(log_v, log1m), 1e-11)
+    for kind in ("dirichlet", "gem"):
+        check_close(torch.stack(stick_prior(kind, 0.7, C)), np.stack(scratch.stick_prior(kind, 0.7, C)), 1e-15)

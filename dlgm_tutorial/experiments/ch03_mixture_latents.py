@@ -43,7 +43,7 @@ def evaluate(model, x, run, *, num_samples, rows=500):
         batch = x[part:part + rows].to(run.device)
         with torch.no_grad():
             bounds.append(model.bound(batch, num_samples=10, generator=generator(run, 2 * part)))
-        estimate = model.log_likelihood(batch, num_samples, generator=generator(run, 2 * part + 1), chunk=20)
+        estimate = model.log_likelihood(batch, num_samples, generator=generator(run, 2 * part + 1))
         values.append(estimate.value)
         ess.append(estimate.ess)
     bounds, values, ess = torch.cat(bounds), torch.cat(values), torch.cat(ess)
