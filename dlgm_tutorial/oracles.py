@@ -157,6 +157,81 @@ def beta_kl(a, b, alpha, beta):
             + (alpha - a + beta - b) * psi(a + b))
 
 
+def relu_decoder(weights, z):
+    """Decode z [..., K] by a ReLU network, weights = [(W [out, in], b [out]), ...], the last layer affine: [..., D]."""
+    for W, b in weights[:-1]:
+        z = np.maximum(z @ W.T + b, 0)
+    W, b = weights[-1]
+    return z @ W.T + b
+
+
+def relu_knots(weights, start, direction, low, high):
+    """Find where a ReLU network bends on the line start + t direction, low < t < high: the sorted t.
+
+    start, direction: [K]; weights as in `relu_decoder`. Between the bends of the layers before, the input of a unit is
+    affine in t, so its zero is found exactly from its values at two points.
+    """
+    knots = np.array([low, high], float)
+    for layer in range(1, len(weights)):
+        values = relu_decoder(weights[:layer], np.asarray(start) + knots[:, None] * np.asarray(direction))
+        left, right = values[:-1], values[1:]
+        piece, unit = np.nonzero(left * right < 0)
+        share = left[piece, unit] / (left[piece, unit] - right[piece, unit])
+        knots = np.unique(np.concatenate([knots, knots[piece] + share * (knots[piece + 1] - knots[piece])]))
+    return knots[1:-1]
+
+
+def _pieces(low, high, knots, num_cells, num_nodes):
+    """Nodes and weights of Gauss-Legendre rules between breakpoints: equal cells from low to high, and the knots."""
+    inside = np.asarray(knots)[(knots > low) & (knots < high)]
+    edges = np.unique(np.concatenate([np.linspace(low, high, num_cells + 1), inside]))
+    nodes, weights = special.roots_legendre(num_nodes)
+    half = np.diff(edges)[:, None] / 2
+    return ((edges[:-1, None] + half) + half * nodes).ravel(), (half * weights).ravel()
+
+
+def relu_posterior(weights, x, noise_var, low, high, num_cells=60, num_nodes=10):
+    """Evidence and posterior moments of a ReLU decoder with one or two latents, by quadrature between its bends.
+
+    Model: z ~ N(0, I), x = decoder(z) + N(0, noise_var I); weights as in `relu_decoder`, x [D], noise_var a number;
+    low, high [K]: a box that holds the posterior. Returns (log_evidence in nats, mean [K], cov [K, K], third central
+    moments [K]). Between bends the integrand is smooth, so the Gauss-Legendre rules of num_nodes in num_cells converge
+    fast. With two latents (one hidden layer) the outer integral is cut where two bending lines cross or a line leaves
+    the box, the inner one where it crosses a line.
+    """
+    low, high, x = np.atleast_1d(low), np.atleast_1d(high), np.asarray(x, float)
+
+    def log_joint(z):
+        squares = np.sum((x - relu_decoder(weights, z)) ** 2, -1)
+        return -0.5 * (squares / noise_var + len(x) * np.log(2 * np.pi * noise_var)
+                       + np.sum(z**2, -1) + z.shape[-1] * np.log(2 * np.pi))
+
+    if len(low) == 1:
+        t, w = _pieces(low[0], high[0], relu_knots(weights, [0.0], [1.0], low[0], high[0]), num_cells, num_nodes)
+        z = t[:, None]
+    else:
+        assert len(weights) == 2, "two latents: one hidden layer"
+        (W, b), crossings = weights[0], []
+        for i, j in itertools.combinations(range(len(b)), 2):
+            if abs(np.linalg.det(W[[i, j]])) > 1e-12:
+                crossings.append(np.linalg.solve(W[[i, j]], -b[[i, j]])[0])
+        with np.errstate(divide="ignore"):
+            crossings += [*((-b - W[:, 1] * low[1]) / W[:, 0]), *((-b - W[:, 1] * high[1]) / W[:, 0])]
+        outer, outer_w = _pieces(low[0], high[0], np.array(crossings), num_cells, num_nodes)
+        z, w = [], []
+        for t, t_w in zip(outer, outer_w, strict=True):
+            knots = relu_knots(weights, [t, 0.0], [0.0, 1.0], low[1], high[1])
+            inner, inner_w = _pieces(low[1], high[1], knots, num_cells, num_nodes)
+            z.append(np.stack([np.full_like(inner, t), inner], -1))
+            w.append(t_w * inner_w)
+        z, w = np.concatenate(z), np.concatenate(w)
+    values = np.concatenate([log_joint(part) for part in np.array_split(z, 1 + len(z) // 100_000)])
+    log_evidence = special.logsumexp(values, b=w)
+    mass = w * np.exp(values - log_evidence)
+    mean = mass @ z
+    return log_evidence, mean, (mass[:, None] * (z - mean)).T @ (z - mean), mass @ (z - mean) ** 3
+
+
 def langevin_chain_law(mean, precision, step_size, num_steps, start_mean, start_cov):
     """Law of an unadjusted Langevin chain on N(mean, precision^-1): mean [K] and covariance [K, K] after num_steps.
 

@@ -94,6 +94,51 @@ def test_langevin_law_matches_a_simulation_and_its_stationary_variance():
     check_close(cov, [[1 / (4 * (1 - 0.04))]], 1e-12)
 
 
+def test_relu_knots_are_where_the_slope_changes():
+    weights = [(RNG.standard_normal((5, 1)), RNG.standard_normal(5)), (RNG.standard_normal((4, 5)), RNG.standard_normal(4)),
+               (RNG.standard_normal((3, 4)), RNG.standard_normal(3))]
+    knots = oracles.relu_knots(weights, [0.0], [1.0], -4.0, 4.0)
+    decode = lambda t: oracles.relu_decoder(weights, np.atleast_1d(t)[:, None])
+    edges = np.concatenate([[-4.0], knots, [4.0]])
+    for a, b in zip(edges[:-1], edges[1:], strict=True):  # affine between: the middle is the average of the ends
+        check_close(decode((a + b) / 2), (decode(a) + decode(b)) / 2, 1e-12)
+    slope = lambda t, h: (decode(t + h) - decode(t)) / h
+    assert len(knots) > 3 and all(np.abs(slope(k, 1e-6) - slope(k, -1e-6)).max() > 1e-6 for k in knots)
+
+
+def test_relu_posterior_of_one_latent_matches_adaptive_quadrature():
+    weights = [(RNG.standard_normal((6, 1)), RNG.standard_normal(6)), (RNG.standard_normal((4, 6)), RNG.standard_normal(4)),
+               (RNG.standard_normal((3, 4)), RNG.standard_normal(3))]
+    x = np.array([0.3, -0.2, 0.9])
+    log_evidence, mean, cov, third = oracles.relu_posterior(weights, x, 0.3, [-9.0], [9.0])
+    density = lambda z: np.exp(stats.norm.logpdf(z) + stats.norm(oracles.relu_decoder(weights, np.array([[z]]))[0], np.sqrt(0.3)).logpdf(x).sum())
+    knots = oracles.relu_knots(weights, [0.0], [1.0], -9.0, 9.0)
+    moment = lambda f: integrate.quad(lambda z: f(z) * density(z), -9, 9, points=knots, epsabs=1e-14, epsrel=1e-12, limit=500)[0]
+    total = moment(lambda z: 1.0)
+    want = moment(lambda z: z) / total
+    check_close(log_evidence, np.log(total), 1e-10)
+    check_close(mean, [want], 1e-10)
+    check_close(cov, [[moment(lambda z: (z - want) ** 2) / total]], 1e-10)
+    check_close(third, [moment(lambda z: (z - want) ** 3) / total], 1e-10)
+
+
+def test_relu_posterior_of_two_latents_matches_a_grid_and_a_rotation():
+    """The grid's error is 1 / n^2; the quadrature agrees with itself after the latent plane is turned, to rounding."""
+    weights = [(RNG.standard_normal((7, 2)), RNG.standard_normal(7)), (RNG.standard_normal((4, 7)), RNG.standard_normal(4))]
+    x = np.array([0.3, -0.2, 0.9, 0.1])
+    box = -9 * np.ones(2), 9 * np.ones(2)
+    log_evidence, mean, cov, _ = oracles.relu_posterior(weights, x, 0.5, *box, num_cells=30, num_nodes=12)
+    log_joint = lambda z: stats.norm.logpdf(z).sum(-1) + stats.norm(oracles.relu_decoder(weights, z), np.sqrt(0.5)).logpdf(x).sum(-1)
+    grid = oracles.grid_posterior(log_joint, *box, 901)
+    check_close(grid[0], log_evidence, 1e-4)
+    check_close(grid[1], mean, 1e-4)
+    check_close(grid[2], cov, 1e-4)
+    turn = np.array([[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]])
+    turned = oracles.relu_posterior([(weights[0][0] @ turn, weights[0][1]), weights[1]], x, 0.5, *box, num_cells=30, num_nodes=12)
+    check_close(turned[0], log_evidence, 1e-10)
+    check_close(turn @ turned[1], mean, 1e-9)
+
+
 def test_small_helpers():
     check_close(oracles.log_mean_exp(np.array([[1000.0, 0.0], [1000.0, 0.0]])), [1000.0, 0.0], 1e-9)
     check_close(oracles.finite_difference(lambda x: float(np.sum(x**3)), np.array([[1.0, 2.0]])), [[3.0, 12.0]], 1e-6)

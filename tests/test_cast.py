@@ -1,0 +1,151 @@
+"""The cast keeps what it promises: small frozen decoders, exact answers, and four points with the stated posteriors."""
+
+import numpy as np
+import pytest
+import torch
+
+from dlgm_tutorial import cast, oracles
+from dlgm_tutorial.checks import check_below, check_close
+from dlgm_tutorial.experiments import ch00_cast
+
+EXACT = ("line", "wave", "digits2")
+EASY, BENT, TORN, STRANGER = range(4)
+SHAPES = {"line": (1, 2), "wave": (1, 2), "digits2": (2, 64), "digits10": (10, 64)}
+each = pytest.mark.parametrize("name", EXACT)
+curved = pytest.mark.parametrize("name", ["wave", "digits2"])
+
+
+@each
+def test_decoders_are_small_frozen_and_the_same_in_torch_and_numpy(name):
+    member, (K, D) = cast.load(name), SHAPES[name]
+    assert member.x.shape == (4, D) and member.num_latents == K and tuple(member.points) == cast.POINTS
+    assert sum(len(b) for _, b in member.weights[:-1]) <= 32
+    assert not any(p.requires_grad for p in member.decoder.parameters())
+    z = torch.randn(5, 3, K, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    check_close(member.decoder(z), oracles.relu_decoder(member.weights, z.numpy()), 1e-12)
+    assert getattr(cast, name)().noise_var == member.noise_var > 0
+    for i, point in enumerate(cast.POINTS):
+        assert torch.equal(member.points[point], member.x[i])
+
+
+def test_line_is_closed_form():
+    line = cast.line()
+    W, b = line.weights[0]
+    mean, cov = oracles.linear_gaussian_posterior(line.x.numpy(), W, b, line.noise_var)
+    check_close(line.log_evidence, oracles.linear_gaussian_evidence(line.x.numpy(), W, b, line.noise_var), 1e-12)
+    check_close(line.mean, mean, 1e-12)
+    check_close(line.covariance, np.broadcast_to(cov, (4, 1, 1)), 1e-12)
+    assert torch.equal(line.x, cast.wave().x)
+
+
+def test_line_is_the_best_line():
+    """Its likelihood on the training data falls in every direction of its parameters."""
+    train, _ = ch00_cast.wave_data()
+    (W, b), noise_var = cast.line().weights[0], cast.line().noise_var
+    value = lambda p: oracles.linear_gaussian_evidence(train.numpy(), p[:2, None], p[2:4], p[4]).mean()
+    check_close(oracles.finite_difference(value, np.concatenate([W[:, 0], b, [noise_var]]), 1e-5), np.zeros(5), 1e-7)
+
+
+@pytest.mark.parametrize(("name", "rule"), [("wave", {"num_cells": 50, "num_nodes": 8}), ("digits2", {"num_cells": 24, "num_nodes": 10})])
+def test_stored_answers_are_the_quadrature_at_another_rule(name, rule):
+    member = cast.load(name)
+    assert member.converged_to < 1e-9
+    for i in range(4):
+        evidence, mean, cov, _ = oracles.relu_posterior(member.weights, member.x[i].numpy(), member.noise_var,
+                                                        member.low[i].numpy(), member.high[i].numpy(), **rule)
+        tolerance = 1e-11 if name == "wave" else 1e-6  # a coarser rule, to save time
+        check_close(member.log_evidence[i], evidence, tolerance)
+        check_close(member.mean[i], mean, tolerance)
+        check_close(member.covariance[i], cov, tolerance)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_grid_agrees_to_its_own_accuracy(name):
+    member = cast.load(name)
+    grid = member.posterior_grid()
+    check_close(grid.log_evidence, member.log_evidence, 3e-3)
+    check_close(grid.mean, member.mean, 3e-3)
+    check_close(grid.covariance, member.covariance, 3e-3)
+
+
+def modes(grid, i, num_points, num_latents):
+    """The local maxima of a gridded density, highest first."""
+    p = grid.log_prob[:, i].reshape([num_points] * num_latents)
+    padded = torch.nn.functional.pad(p, [1] * (2 * num_latents), value=-torch.inf)
+    shifts = [tuple(s - 1 for s in shift) for shift in np.ndindex(*[3] * num_latents)]
+    higher = [torch.roll(padded, shift, tuple(range(num_latents)))[(slice(1, -1),) * num_latents]
+              for shift in shifts if any(shift)]
+    peak = (p > torch.stack(higher).amax(0)).flatten()
+    return grid.points[peak, i][grid.log_prob[peak, i].argsort(descending=True)]
+
+
+def dip(member, row, first, second):
+    way = first + torch.linspace(0, 1, 301, dtype=torch.float64)[:, None, None] * (second - first)
+    values = member.log_joint(row[None], way)[:, 0]
+    return float((values.min() - torch.minimum(values[0], values[-1])).exp())
+
+
+@curved
+def test_the_torn_point_has_two_modes(name):
+    member = cast.load(name)
+    num_points = 2001 if member.num_latents == 1 else 201
+    grid = member.posterior_grid(num_points)
+    first, *others = modes(grid, TORN, num_points, member.num_latents)
+    apart = [other for other in others if dip(member, member.x[TORN], first, other) < 0.5]
+    assert apart, "no second mode behind a valley"
+    z, mass = grid.points[:, TORN], grid.log_prob[:, TORN].exp() * grid.volume[TORN]
+    share = [float(mass[(z - other).norm(dim=1) < (z - first).norm(dim=1)].sum()) for other in apart]
+    assert max(min(s, 1 - s) for s in share) > 0.2
+
+
+def third_moment(grid, i):
+    """Skewness along the principal axis with the largest skewness, from the grid."""
+    mass, delta = grid.log_prob[:, i].exp() * grid.volume[i], grid.points[:, i] - grid.mean[i]
+    values, axes = torch.linalg.eigh(grid.covariance[i])
+    return float((mass[:, None] * (delta @ axes / values.sqrt()) ** 3).sum(0).abs().max())
+
+
+def strangeness(grid, i):
+    """KL from the posterior to the normal of its moments, in nats."""
+    entropy = -(grid.log_prob[:, i].exp() * grid.volume[i] * grid.log_prob[:, i]).sum()
+    return float(0.5 * torch.logdet(2 * np.pi * np.e * grid.covariance[i]) - entropy)
+
+
+@curved
+def test_the_bent_point_is_skewed_and_the_easy_one_is_nearly_normal(name):
+    grid = cast.load(name).posterior_grid()
+    assert third_moment(grid, BENT) > 0.5 > 2 * third_moment(grid, EASY)
+    assert strangeness(grid, EASY) < 0.02 < strangeness(grid, BENT)
+
+
+@each
+def test_the_stranger_is_far_from_the_model(name):
+    evidence = cast.load(name).log_evidence
+    check_below(evidence[STRANGER], evidence[:STRANGER].min() - 5)
+
+
+# The making
+
+def test_training_on_the_grid_raises_the_likelihood_and_repeats_itself():
+    train, _ = ch00_cast.wave_data()
+    fit = lambda steps: ch00_cast.train_on_grid([1, 4, 2], train, num_points=60, limit=5, num_steps=steps, batch_size=100, noise_var=0.3, seed=0)
+    value = lambda decoder, noise_var: float(ch00_cast.on_common_grid(decoder, noise_var, train, 5, 200).log_evidence.mean())
+    assert value(*fit(60)) > value(*fit(1)) + 0.3
+    (first, first_var), (second, second_var) = fit(5), fit(5)
+    assert first_var == second_var
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_training_with_chains_raises_the_likelihood():
+    train, _ = ch00_cast.wave_data()
+    fit = lambda steps: ch00_cast.train_with_chains([1, 4, 2], train, num_chains=2, num_steps=steps, batch_size=100, noise_var=0.3, step_size=0.3, seed=0)[:2]
+    value = lambda decoder, noise_var: float(ch00_cast.on_common_grid(decoder, noise_var, train, 5, 200).log_evidence.mean())
+    assert value(*fit(100)) > value(*fit(1)) + 0.3
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: cast.load("circle"), "name must be one of line, wave, digits2, digits10, got 'circle'"),
+])
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
