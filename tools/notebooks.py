@@ -120,6 +120,7 @@ def main():
             nbformat.write(nb, target)
             continue
         record = execute(nb, source.parent)
+        nb.metadata = nbformat.from_dict(METADATA)  # without the version of Python that the kernel adds
         nbformat.write(nb, target)
         found = ROOT / "book" / "results" / "pages" / source.parent.name / f"{source.stem}.json"
         found.parent.mkdir(parents=True, exist_ok=True)
