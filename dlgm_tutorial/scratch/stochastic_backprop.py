@@ -311,3 +311,49 @@ def adam_step(values, slopes, memory, lr, betas=(0.9, 0.999), eps=1e-8):
     square = betas[1] * square + (1 - betas[1]) * slopes ** 2
     scale = np.sqrt(square / (1 - betas[1] ** step)) + eps
     return values - lr * mean / (1 - betas[0] ** step) / scale, (step, mean, square)
+
+
+# --- book/02_stochastic_backprop/05_how_good_is_it.ipynb, cell 57ebe9ea
+def log_likelihood_is(log_w):
+    """From log-weights [S]: log p(x), its error, effective sample size, eq-sb-importance."""
+    S = len(log_w)
+    top = np.max(log_w)
+    w = np.exp(log_w - top)
+    mean = np.mean(w)
+    rho = np.mean((w - mean) ** 2) / mean ** 2
+    return top + np.log(mean), np.sqrt(rho / S), S / (1 + rho)
+
+
+# --- book/02_stochastic_backprop/05_how_good_is_it.ipynb, cell 18a0b697
+def weight_variance(loc, var, proposal_loc, proposal_var):
+    """rho of eq-sb-rho for one latent, posterior and proposal Gaussian."""
+    spare = 2 * proposal_var - var
+    safe = np.where(spare > 0, spare, 1.0)
+    value = proposal_var / np.sqrt(var * safe) * np.exp((loc - proposal_loc) ** 2 / safe) - 1
+    return np.where(spare > 0, value, np.inf)
+
+
+# --- book/02_stochastic_backprop/05_how_good_is_it.ipynb, cell 0fc3df5b
+def hmc_step(z, log_f, slope, step_size, num_leapfrog, rng):
+    """One HMC step of all chains z [S, K] on the density exp(log_f); slope(z) is its gradient."""
+    momentum = rng.standard_normal(z.shape)
+    start, new, p = log_f(z) - 0.5 * np.sum(momentum ** 2, 1), z, momentum
+    for _ in range(num_leapfrog):
+        p = p + 0.5 * step_size * slope(new)
+        new = new + step_size * p
+        p = p + 0.5 * step_size * slope(new)
+    accept = np.log(rng.random(len(z))) < log_f(new) - 0.5 * np.sum(p ** 2, 1) - start
+    return np.where(accept[:, None], new, z)
+
+
+def log_likelihood_ais(log_likelihood, slope, num_chains, num_latents, num_steps,
+                       step_size, rng):
+    """Log-weights [S] of annealed importance sampling from the prior, eq-sb-ais."""
+    betas = np.linspace(0, 1, num_steps + 1)
+    z, log_w = rng.standard_normal((num_chains, num_latents)), np.zeros(num_chains)
+    for before, beta in zip(betas[:-1], betas[1:], strict=True):
+        log_w = log_w + (beta - before) * log_likelihood(z)
+        log_f = lambda z, beta=beta: beta * log_likelihood(z) - 0.5 * np.sum(z ** 2, 1)
+        slope_f = lambda z, beta=beta: beta * slope(z) - z
+        z = hmc_step(z, log_f, slope_f, step_size, 5, rng)
+    return log_w
