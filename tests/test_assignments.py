@@ -28,9 +28,9 @@ contained = pytest.mark.skipif(UNSAFE, reason="bubblewrap does not run here: sco
 
 
 def cells_of(path):
-    """[(title, source)] of the `# %% title` cells of a Python file."""
-    parts = re.split(r"(?m)^# %% (.*)\n", path.read_text())
-    return list(zip(parts[1::2], parts[2::2], strict=True))
+    """[(title, source)] of the `# %% title` cells of a Python file; the imports at its top belong to every cell."""
+    top, *parts = re.split(r"(?m)^# %% (.*)\n", path.read_text())
+    return [(title, top + source) for title, source in zip(parts[::2], parts[1::2], strict=True)]
 
 
 WRONG = [(name, *cell) for name in NAMES for cell in cells_of(FOLDER / name / "wrong_solutions.py")]
