@@ -37,7 +37,7 @@ def _estimate(log_sum, log_sum_of_squares, num):
 
 
 def estimate(log_w):
-    """Estimate log of the mean weight from log-weights [S, B], by the delta method -> Estimate([B], [B], [B]).
+    """Estimate log of the mean weight from log-weights log_w [S, B], by the delta method -> Estimate([B], [B], [B]).
 
     The value is biased down by about half the square of the standard error. Where the weights have no variance
     (a proposal much narrower than the posterior) the error printed means nothing; a tiny ess is the warning.
@@ -128,7 +128,8 @@ def log_likelihood_ais(model, x, num_chains=16, *, num_steps=500, kernel="hmc", 
     temperatures, spaced like a sigmoid, or betas: rising from 0 to 1. kernel: "hmc" (num_leapfrog steps), "mala", or
     "langevin", which leaves no temperature invariant and is biased. step_size: as in `mcmc`; None finds one for each
     temperature and example in a run of its own, whose chains are thrown away. base: maps x to a distribution with
-    z [S, B, K] (default N(0, I) in num_latents dimensions, else those of model.noise_spec). Returns Estimate, [B] each.
+    z [S, B, K] (default N(0, I) in num_latents dimensions, else those of model.noise_spec); generator, chunk: as in
+    `log_likelihood_is`. Returns Estimate, [B] each.
     """
     _check_data(x)
     _check_positive(num_chains=num_chains, num_steps=num_steps, chunk=chunk)

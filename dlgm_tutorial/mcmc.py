@@ -46,7 +46,7 @@ def init(log_density, z):
 
 
 def fresh_noise(z, generator=None):
-    """Draw the noise of one `mala_step` or `hmc_step` at z [..., K]: {"normal": [..., K], "uniform": [...]}."""
+    """Draw the noise of one `mala_step` or `hmc_step` at z from generator: {"normal": [..., K], "uniform": [...]}."""
     kind = {"dtype": z.dtype, "device": z.device, "generator": generator}
     return {"normal": torch.randn(z.shape, **kind), "uniform": torch.rand(z.shape[:-1], **kind)}
 

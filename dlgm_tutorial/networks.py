@@ -41,7 +41,7 @@ def initialise(module, *, weight="glorot", bias=0.0, generator=None):
     """Draw the weights of every linear and convolutional layer of module in place, and return module.
 
     weight: "glorot" (normal, variance 2 / (inputs + outputs)), "he" (2 / inputs), or a standard deviation;
-    bias: standard deviation of the biases, 0 for zeros.
+    bias: standard deviation of the biases [out], 0 for zeros; generator: of the draws.
     """
     if not isinstance(weight, (int, float)) and weight not in ("glorot", "he"):
         raise ValueError(f"weight must be 'glorot', 'he' or a standard deviation, got {weight!r}")

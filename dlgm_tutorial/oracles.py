@@ -60,7 +60,10 @@ def linear_gaussian_evidence(x, weight, bias, noise_var):
 
 
 def linear_gaussian_posterior(x, weight, bias, noise_var):
-    """Posterior mean [N, K] and covariance [K, K] of the same model, by conditioning the joint normal of (z, x)."""
+    """Posterior mean [N, K] and covariance [K, K] of the same model, by conditioning the joint normal of (z, x).
+
+    x, weight, bias, noise_var: as in `linear_gaussian_evidence`.
+    """
     weight = np.asarray(weight, float)
     num_data, num_latents = weight.shape
     joint = np.block([[np.eye(num_latents), weight.T],
@@ -109,7 +112,7 @@ def log_mean_exp(values, axis=0):
 
 
 def finite_difference(f, x, step=1e-6):
-    """Gradient of a scalar function f at an array x of any shape, by central differences."""
+    """Gradient of a scalar function f at an array x [...], by central differences of half-width step: [...]."""
     x = np.asarray(x, float)
     gradient = np.zeros_like(x)
     for i in np.ndindex(x.shape):
@@ -120,7 +123,7 @@ def finite_difference(f, x, step=1e-6):
 
 
 def kumaraswamy_log_density(v, a, b, digits=50):
-    """Log-density of one Kumaraswamy variable at v, in arithmetic of that many digits; v may be an mpmath number."""
+    """Log-density of one Kumaraswamy(a, b) variable at v, in arithmetic of that many digits; v may be of mpmath."""
     with mpmath.workdps(digits):
         v, a, b = mpmath.mpf(v), mpmath.mpf(a), mpmath.mpf(b)
         return float(mpmath.log(a) + mpmath.log(b) + (a - 1) * mpmath.log(v) + (b - 1) * mpmath.log(1 - v**a))
@@ -129,7 +132,8 @@ def kumaraswamy_log_density(v, a, b, digits=50):
 def kumaraswamy_beta_kl(a, b, alpha, beta, digits=30):
     """KL(Kumaraswamy(a, b) || Beta(alpha, beta)) in nats, for numbers, by quadrature of the quantile function.
 
-    With s uniform and v = (1 - s^(1/b))^(1/a), the KL is the integral over s of the log-ratio of the densities at v.
+    With s uniform and v = (1 - s^(1/b))^(1/a), the KL is the integral over s of the log-ratio of the densities at v;
+    digits: of the arithmetic.
     """
     with mpmath.workdps(digits):
         a, b, alpha, beta = (mpmath.mpf(float(n)) for n in (a, b, alpha, beta))
@@ -235,8 +239,8 @@ def relu_posterior(weights, x, noise_var, low, high, num_cells=60, num_nodes=10)
 def langevin_chain_law(mean, precision, step_size, num_steps, start_mean, start_cov):
     """Law of an unadjusted Langevin chain on N(mean, precision^-1): mean [K] and covariance [K, K] after num_steps.
 
-    The step z' = z - h precision (z - mean) + sqrt(2 h) noise, h = step_size^2 / 2, is linear, so the law stays normal;
-    means, precision, start as [K], [K, K], [K], [K, K].
+    The step z' = z - h precision (z - mean) + sqrt(2 h) noise, h = step_size^2 / 2, is linear, so the law stays normal.
+    mean [K], precision [K, K]; it starts as N(start_mean [K], start_cov [K, K]).
     """
     h = 0.5 * np.square(step_size)
     transition = np.eye(len(mean)) - h * np.asarray(precision)

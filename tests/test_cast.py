@@ -18,6 +18,7 @@ curved = pytest.mark.parametrize("name", ["wave", "digits2"])
 @each
 def test_decoders_are_small_frozen_and_the_same_in_torch_and_numpy(name):
     member, (K, D) = cast.load(name), SHAPES[name]
+    assert isinstance(member, cast.Member)
     assert member.x.shape == (4, D) and member.num_latents == K and tuple(member.points) == cast.POINTS
     assert sum(len(b) for _, b in member.weights[:-1]) <= 32
     assert not any(p.requires_grad for p in member.decoder.parameters())

@@ -13,6 +13,7 @@ from dlgm_tutorial.checks import check_below, check_close, check_mc
 from dlgm_tutorial.distributions import DiagonalNormal, FullNormal, LowRankPrecisionNormal, RankOnePrecisionNormal
 from dlgm_tutorial.evaluation import (
     Calibration,
+    GridPosterior,
     estimate,
     fit_posterior,
     inference_gaps,
@@ -332,6 +333,7 @@ def test_grid_gives_the_exact_evidence_and_moments(num_latents, device):
     model.x = model.x + torch.tensor([[0.0], [0.0], [2.0]], device=device)
     grid = posterior_on_grid(lambda z: model.log_joint(model.x, z), [-9.0] * num_latents, [9.0] * num_latents, 121, device=device)
     evidence, mean, cov = model.truth(model.x)
+    assert isinstance(grid, GridPosterior)
     check_close(grid.log_evidence, evidence, 1e-9)
     check_close(grid.mean, mean, 1e-9)
     check_close(grid.covariance, np.broadcast_to(cov, (B, num_latents, num_latents)), 1e-9)

@@ -6,7 +6,7 @@ import torch
 
 from dlgm_tutorial import oracles
 from dlgm_tutorial.checks import check_close, check_mc
-from dlgm_tutorial.mcmc import fresh_noise, hmc_step, init, langevin_step, mala_step
+from dlgm_tutorial.mcmc import Info, State, fresh_noise, hmc_step, init, langevin_step, mala_step
 
 S, B, K = 5, 3, 2
 GPU = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -41,6 +41,7 @@ def test_langevin_trajectory_matches_numpy(device):
         want = want - 0.045 * (want - MEAN.numpy()) @ PRECISION.numpy() + 0.3 * n.numpy()
     check_close(state.z, want, 1e-12)
     check_close(state.log_prob, normal(torch.from_numpy(want)), 1e-12)
+    assert isinstance(state, State) and isinstance(info, Info)
     assert bool(info.accepted.all()) and state.z.device.type == device
 
 
