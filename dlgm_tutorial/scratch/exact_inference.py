@@ -5,22 +5,21 @@ import autograd.numpy as np
 from autograd.scipy.special import logsumexp
 
 
-# --- book/01_exact_inference/01_the_question.ipynb, cell f3bd3caf
+# --- book/01_exact_inference/01_the_question.ipynb, cell e7fb1840
 def log_normal(x, mean, var):
-    """log N(x | mean, diag(var)) in nats, summed over the last axis: [..., D] -> [...]."""
+    """log N(x | mean, diag(var)) in nats over the last axis: [..., D] -> [...]."""
     return -0.5 * np.sum((x - mean) ** 2 / var + np.log(2 * np.pi * var), axis=-1)
 
 
 def log_joint(x, z, decoder, noise_var):
-    """log p(z) + log p(x | z) of the model (def-ei-model): x [D], z [..., K] -> [...]."""
-    return log_normal(z, 0.0, np.ones(z.shape[-1])) + log_normal(
-        x, decoder(z), noise_var
-    )
+    """log p(z) + log p(x | z) (def-ei-model): x [D], z [..., K] -> [...]."""
+    return log_normal(z, 0.0, np.ones(z.shape[-1])) + log_normal(x, decoder(z),
+                                                                 noise_var)
 
 
-# --- book/01_exact_inference/01_the_question.ipynb, cell 2da61438
+# --- book/01_exact_inference/01_the_question.ipynb, cell 0f6722af
 def grid_inference(log_joint_on_grid, step):
-    """Log-evidence (a number) and posterior density on an even grid [N] (eq-ei-grid)."""
+    """Log-evidence and posterior density [N] on an even grid (eq-ei-grid)."""
     log_evidence = logsumexp(log_joint_on_grid) + np.log(step)
     return log_evidence, np.exp(log_joint_on_grid - log_evidence)
 
@@ -52,17 +51,16 @@ def log_evidence(x, weight, bias, noise_var):
     return at_mean + 0.5 * len(precision) * np.log(2 * np.pi) - 0.5 * log_det
 
 
-# --- book/01_exact_inference/02_factor_analysis.ipynb, cell 9518f4d2
+# --- book/01_exact_inference/02_factor_analysis.ipynb, cell ff1ced0d
 def posterior_missing(x, observed, weight, bias, noise_var):
-    """Posterior mean [B, K] and precision [B, K, K] from visible pixels (eq-ei-missing).
+    """Posterior mean [B, K], precision [B, K, K] from visible pixels (eq-ei-missing).
 
     observed: [B, D], true where x was seen; x may hold anything elsewhere.
     """
     num_latents = weight.shape[1]
     scaled = weight / noise_var[:, None]
-    outer = (weight[:, :, None] * scaled[:, None, :]).reshape(
-        len(weight), -1
-    )  # [D, K K]
+    outer = (weight[:, :, None] * scaled[:, None, :]).reshape(len(weight),
+                                                              -1)  # [D, K K]
     precision = (observed @ outer).reshape(-1, num_latents, num_latents)
     precision = np.eye(num_latents) + precision
     evidence = np.where(observed, x - bias, 0.0) @ scaled
@@ -73,9 +71,9 @@ def posterior_missing(x, observed, weight, bias, noise_var):
 import autograd.numpy as np
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell 91993921
+# --- book/01_exact_inference/03_learning.ipynb, cell 9ea8d96d
 def average_evidence(weight, noise_var, data_cov):
-    """Mean of log p(x) over data of covariance data_cov [D, D], bias at their mean (eq-ei-average)."""
+    """Mean of log p(x) over data of covariance [D, D], bias at their mean (eq-ei-average)."""
     cov_x = weight @ weight.T + np.diag(noise_var)
     quadratic = np.trace(np.linalg.solve(cov_x, data_cov))
     return -0.5 * (
@@ -83,9 +81,9 @@ def average_evidence(weight, noise_var, data_cov):
     )
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell 684f8bf0
+# --- book/01_exact_inference/03_learning.ipynb, cell d405facc
 def gradient_by_hand(weight, noise_var, data_cov):
-    """Gradient of the average evidence in weight [D, K] and noise_var [D] (eq-ei-gradient)."""
+    """Gradient of average_evidence in weight [D, K], noise_var [D] (eq-ei-gradient)."""
     cov_x = weight @ weight.T + np.diag(noise_var)
     half = np.linalg.solve(
         cov_x, np.eye(len(data_cov)) - np.linalg.solve(cov_x, data_cov).T
@@ -93,9 +91,9 @@ def gradient_by_hand(weight, noise_var, data_cov):
     return -half @ weight, -0.5 * np.diag(half)
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell a6aee57d
+# --- book/01_exact_inference/03_learning.ipynb, cell 271cc05e
 def posterior_moments(weight, noise_var, data_cov):
-    """Means over data and posterior of (x - b) z^T [D, K] and z z^T [K, K] (eq-ei-moments)."""
+    """Posterior means of (x - b) z^T [D, K] and z z^T [K, K], data averaged (eq-ei-moments)."""
     scaled = weight / noise_var[:, None]
     precision = np.eye(weight.shape[1]) + weight.T @ scaled
     cov = np.linalg.solve(precision, np.eye(len(precision)))
@@ -104,7 +102,7 @@ def posterior_moments(weight, noise_var, data_cov):
 
 
 def gradient_by_posterior(weight, noise_var, data_cov):
-    """The same gradient by Fisher's identity (eq-ei-fisher): moments of the posterior alone."""
+    """The same by Fisher's identity (eq-ei-fisher): moments of the posterior alone."""
     cross, second = posterior_moments(weight, noise_var, data_cov)
     by_weight = (cross - weight @ second) / noise_var[:, None]
     squares = (
@@ -115,23 +113,40 @@ def gradient_by_posterior(weight, noise_var, data_cov):
     return by_weight, 0.5 * (squares / noise_var**2 - 1 / noise_var)
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell ee83e42a
+# --- book/01_exact_inference/03_learning.ipynb, cell c1ea0fba
 def em_step(weight, noise_var, data_cov):
-    """One EM step of factor analysis (eq-ei-em-weight, eq-ei-em-noise): new weight and noise_var."""
+    """One EM step (eq-ei-em-weight, eq-ei-em-noise): new weight and noise_var."""
     cross, second = posterior_moments(weight, noise_var, data_cov)
     weight = np.linalg.solve(second, cross.T).T
     return weight, np.diag(data_cov) - np.sum(weight * cross, 1)
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell d7d06479
+# --- book/01_exact_inference/03_learning.ipynb, cell 43a55a21
 def ppca(data_cov, num_latents):
-    """Maximum-likelihood weight [D, K] and noise variance (a number) of PPCA (eq-ei-ppca)."""
+    """Maximum-likelihood weight [D, K] and noise variance of PPCA (eq-ei-ppca)."""
     values, vectors = np.linalg.eigh(data_cov)
     values, vectors = values[::-1], vectors[:, ::-1]
     noise_var = np.mean(values[num_latents:])
     return vectors[:, :num_latents] * np.sqrt(
         values[:num_latents] - noise_var
     ), noise_var
+
+
+# --- book/01_exact_inference/04_real_images.ipynb, cell 99f936c9
+import autograd.numpy as np
+from autograd.scipy.stats import norm
+
+
+# --- book/01_exact_inference/04_real_images.ipynb, cell 29bff21b
+def dequantise(x, levels, noise):
+    """Whole pixels in [0, levels) plus uniform noise, scaled to [0, 1): all [B, D]."""
+    return (x + noise) / levels
+
+
+def cell_mass(x, mean, var):
+    """Log-probability of whole pixels x [B, D] under independent Gaussians, [B]."""
+    scale = np.sqrt(var)
+    return np.sum(np.log(norm.cdf((x + 1 - mean) / scale) - norm.cdf((x - mean) / scale)), 1)
 
 
 # --- book/01_exact_inference/05_estimating.ipynb, cell 699ee1b7
@@ -142,18 +157,18 @@ def prior_second_moment(x, weight, bias, noise_var):
     return halved - 2 * log_evidence(x, weight, bias, noise_var) + constant
 
 
-# --- book/01_exact_inference/05_estimating.ipynb, cell c63ebc93
+# --- book/01_exact_inference/05_estimating.ipynb, cell c60fc24d
 def log_mean_weight(log_w):
-    """Log of the mean weight, its standard error, and the ESS (eq-ei-error-bar): [S] -> three numbers."""
+    """Log of the mean weight, its standard error, the ESS (eq-ei-error-bar), from [S]."""
     num = len(log_w)
     value = logsumexp(log_w) - np.log(num)
     ess = np.exp(2 * logsumexp(log_w) - logsumexp(2 * log_w))
     return value, np.sqrt((num / ess - 1) / (num - 1)), ess
 
 
-# --- book/01_exact_inference/05_estimating.ipynb, cell 0dbe3953
+# --- book/01_exact_inference/05_estimating.ipynb, cell c359ed7f
 def proposal_second_moment(s, num_latents):
-    """E_q w^2 / p(x)^2 for a proposal s times as wide as the posterior (eq-ei-importance-variance)."""
+    """E_q w^2 / p(x)^2, proposal s times too wide (eq-ei-importance-variance)."""
     inside = np.maximum(2 * s**2 - 1, 0.0)
     with np.errstate(divide="ignore"):
         return (s**2 / np.sqrt(inside)) ** num_latents
@@ -168,15 +183,10 @@ def elbo(x, loc, cov, weight, bias, noise_var):
     return at_loc - 0.5 * np.trace(precision @ cov) + entropy
 
 
-# --- book/01_exact_inference/05_estimating.ipynb, cell 377b3bf1
+# --- book/01_exact_inference/05_estimating.ipynb, cell 3fb805a3
 def mean_field_gap(precision):
-    """What the best diagonal Gaussian leaves behind, in nats (eq-ei-mean-field-gap): [K, K] -> number."""
+    """Gap of the best diagonal Gaussian, in nats (eq-ei-mean-field-gap): from [K, K]."""
     return 0.5 * (np.sum(np.log(np.diag(precision))) - np.linalg.slogdet(precision)[1])
-
-
-# --- book/01_exact_inference/06_a_bend.ipynb, cell 99f936c9
-import autograd.numpy as np
-from autograd.scipy.stats import norm
 
 
 # --- book/01_exact_inference/06_a_bend.ipynb, cell 8c6c3b19
