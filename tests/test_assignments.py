@@ -61,9 +61,17 @@ def scores(cells, tests):
     return points_of(files), files, errors
 
 
+def defined_in(source):
+    """Names of the functions that a cell defines."""
+    return set(re.findall(r"(?m)^def (\w+)", source))
+
+
 @pytest.fixture(scope="module")
 def graded(built):
-    """{(name, title): (points, files)} of the instructor's notebook with one function replaced, all in one worker."""
+    """{(name, title): (points, files)} of the instructor's notebook with one function replaced, all in one worker.
+
+    Only the tests that call a replaced function are run: no other function of the instructor's calls it (tested below).
+    """
     found = {}
     for name in NAMES:
         submission = grade.Submission(built[name]["instructor"], UNSAFE)
@@ -72,7 +80,9 @@ def graded(built):
             if owner == name:
                 submission.cells = [*built[name]["instructor"], source]
                 submission.run()
-                files = grade.run_tests(built[name]["tests"], submission)
+                concerned = {file: test for file, test in built[name]["tests"].items()
+                             if defined_in(source) & set(re.findall(r"\w+", test))}
+                files = grade.run_tests(concerned, submission)
                 found[name, title] = points_of(files), files
         submission.stop()
     return found
@@ -137,6 +147,15 @@ def test_empty_version_gets_nothing_and_its_checks_say_why(built, name):
     assert len(errors) == len(points) and all("AssertionError: " in error for error in errors)
 
 
+@each_assignment
+def test_the_solutions_of_the_questions_do_not_call_each_other(built, name):
+    """So a mistake costs points in its own question only, whatever a student's functions do among themselves."""
+    solutions = [cell for cell in built[name]["instructor"] if defined_in(cell)]
+    for cell in solutions:
+        others = set().union(*(defined_in(other) for other in solutions if other != cell))
+        assert not others & set(re.findall(r"\w+", cell))
+
+
 @pytest.mark.parametrize("name, title", [cell[:2] for cell in WRONG])
 def test_wrong_solution_loses_points_in_its_question_only(graded, name, title):
     points, _ = graded[name, title]
@@ -158,11 +177,12 @@ def test_every_question_has_a_wrong_and_a_variant_solution(built, name):
 
 
 @each_assignment
-def test_every_hidden_test_rejects_something(graded, name):
+def test_every_hidden_test_rejects_something(built, graded, name):
     wrong = [cell[:2] for cell in WRONG if cell[0] == name]
     results = [(file.name, result) for key in wrong for file in graded[key][1] for result in file.test_case_results]
     rejected = {(file, result.test_case.name) for file, result in results if not result.passed}
-    assert rejected == {(file, result.test_case.name) for file, result in results}
+    _, files, _ = scores([], built[name]["tests"])
+    assert rejected == {(file.name, case.name) for file in files for case in file.test_cases}
 
 
 @each_assignment
