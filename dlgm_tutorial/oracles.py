@@ -254,12 +254,12 @@ def langevin_chain_law(mean, precision, step_size, num_steps, start_mean, start_
 # --- Chapter 3: mixture latents
 
 def log_normal(z, mean, scale):
-    """log N(z; mean, scale^2) of numbers or arrays that broadcast."""
+    """log N(z; mean, scale^2) of numbers or arrays [...] that broadcast."""
     return -0.5 * ((z - mean) / scale) ** 2 - np.log(scale) - 0.5 * np.log(2 * np.pi)
 
 
 def kumaraswamy_nodes(a, b, num_nodes=400):
-    """Nodes v and weights [N] of a rule for E f(v), v Kumaraswamy(a, b): Gauss-Legendre on the quantile."""
+    """Nodes v and weights [num_nodes] of a rule for E f(v), v Kumaraswamy(a, b): Gauss-Legendre on the quantile."""
     r, w = special.roots_legendre(num_nodes)
     r, w = (r + 1) / 2, w / 2
     s = r**3 * (10 - 15 * r + 6 * r**2)
@@ -270,7 +270,7 @@ def mixture_bounds_1d(x, prior_loc, prior_scale, slope, intercept, noise_scale, 
                       rho=None):
     """All bounds of a two-component model with one latent and a linear decoder, by quadrature: a dict.
 
-    x a number; prior_loc, prior_scale, loc, scale, rho: pairs; x | z ~ N(slope z + intercept, noise_scale^2);
+    x a number; prior_loc, prior_scale, loc, scale, rho: pairs [2]; x | z ~ N(slope z + intercept, noise_scale^2);
     q(pi_1) is Kumaraswamy(a, b), p(pi_1) Beta(alpha, beta). Keys: log_px, kl, mean_weights, R, C, H, entropy, cross,
     diagonal, paper, indicator, mixture, hybrid; with rho also collapsed, collapsed_mixture, siw (one draw a component).
     """
@@ -322,7 +322,10 @@ def gaussian_path_density(x, paths):
 # --- Chapter 2: stochastic backpropagation
 
 def gauss_hermite_nodes(mean, cov, num_nodes=40):
-    """Nodes [num_nodes^K, K] and weights [num_nodes^K], of sum 1, of the rule behind `gauss_hermite`."""
+    """Nodes [num_nodes^K, K] and weights [num_nodes^K], of sum 1, of the rule behind `gauss_hermite`.
+
+    mean: [K], cov: [K, K] of the normal law; the rule is exact for polynomials of degree 2 num_nodes - 1.
+    """
     mean = np.atleast_1d(np.asarray(mean, float))
     nodes, weights = special.roots_hermitenorm(num_nodes)
     z = np.array(list(itertools.product(nodes, repeat=len(mean))))
@@ -333,7 +336,10 @@ def gauss_hermite_nodes(mean, cov, num_nodes=40):
 # --- Chapter 5: piecewise-affine decoders by quadrature
 
 def relu_network(layers, z, slope=0.0):
-    """Run a leaky-ReLU network [(W [out, in], b [out]), ...] at z [N, K]: (output [N, D], hidden pre-activations)."""
+    """Run a leaky-ReLU network at z [N, K]: (output [N, D], list of hidden pre-activations [N, H]).
+
+    layers: [(W [out, in], b [out]), ...]; slope: of the units left of zero.
+    """
     hidden, h = [], np.asarray(z, float)
     for W, b in layers[:-1]:
         hidden.append(h @ np.transpose(W) + b)
@@ -356,6 +362,7 @@ def _kinks(layers, slope, low, high):
 def relu_marginal(layers, x, noise_var, slope=0.0, panels=20, reach=9.0, outer=(150, 8)):
     """log p(x), E[z | x] [K] and E[z z^T | x] [K, K] of one datum x [D], by Gauss-Legendre quadrature over the prior.
 
+    layers, slope: as in `relu_network`; noise_var: a number, [D] or [D, D]; the prior is cut at +-reach.
     The last latent is integrated between the network's kinks along it (`panels` of 10 nodes each), exactly but for
     rounding; the others, one inside the next, on outer = (panels, nodes) a latent, which do not see the kinks.
     """

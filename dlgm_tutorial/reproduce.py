@@ -156,7 +156,10 @@ class Run:
 
 
 def progress_line(title, file=None):
-    """Return a progress callable for `fit`: one line that rewrites itself on a terminal, else a line a record."""
+    """Return a progress callable for `fit`: one line that rewrites itself on a terminal, else a line a record.
+
+    title: what the line begins with; file: where it goes (default: standard error).
+    """
     file = file or sys.stderr
 
     def progress(step, num_steps, record):
@@ -298,7 +301,7 @@ def _reproduce(entry, options, seeds):
 
 
 def merge(entry, parts, out):
-    """Join the results of one experiment from several folders, each with other seeds, into the folder `out`.
+    """Join the results of the experiment `entry` from the folders `parts`, each with other seeds, in the folder `out`.
 
     The parts must agree in what makes them one experiment (version, commit, device, steps, data); the command
     of the first is kept, with all seeds. Raises FileNotFoundError or ValueError naming the folder and the difference.
@@ -352,7 +355,7 @@ def _listing(known):
 
 
 def main(arguments=None):
-    """Run the command line; return its exit status (2: an argument that is not known)."""
+    """Run the command line on `arguments` (default: the program's own); return its status, 2 for an unknown word."""
     parser = argparse.ArgumentParser(prog="python -m dlgm_tutorial.reproduce",
                                      description="Run one of the papers' experiments and write its results file.")
     parser.add_argument("chapter", nargs="?", help="two digits, such as 01")

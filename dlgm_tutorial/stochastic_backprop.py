@@ -524,10 +524,11 @@ class DLGM(nn.Module):
 
 # ---------------------------------------------------------------- objectives beside the bound
 def minibatch_free_energy(model, x, num_data, *, weight_variance=None, num_samples=1, noise=None, generator=None):
-    """Unbiased estimate of the free energy of a whole data set of num_data examples from a batch: a scalar, in nats.
+    """Estimate, unbiased, the free energy of a data set of num_data examples from a batch x [B, D]: a scalar, in nats.
 
     eq-sb-minibatch: -(N / B) sum_b bound(x_b) + |theta|^2 / (2 weight_variance); the data term is scaled up, the
-    Gaussian prior N(0, weight_variance I) on the generative parameters is counted once. Source: paper, equation 13.
+    Gaussian prior N(0, weight_variance I) on the generative parameters is counted once. num_samples, noise: as in
+    `DLGM.bound`. Source: paper, equation 13.
     """
     data = -num_data / len(x) * model.bound(x, num_samples=num_samples, noise=noise, generator=generator).sum()
     if weight_variance is None:
@@ -595,6 +596,7 @@ def impute(model, x, observed, *, num_sweeps, method="gibbs", num_chains=1, num_
     """Fill in the missing entries of x by a Markov chain: `Imputation`.
 
     A sweep draws z given the completed x, then the missing entries from p(x_m | z); observed entries never change.
+    num_sweeps: T, num_chains: C an image, keep_trace: also return every sweep.
     method "gibbs": z ~ q(z | x), the paper's chain (eq-sb-gibbs), whose stationary law is p(x_m | x_o) only where q is
     the posterior. "metropolis": q proposes and a Metropolis test accepts (eq-sb-metropolis), exact for every q with
     full support (Mattei and Frellsen, 2018); the first `num_plain` sweeps are plain ones, a start that the test

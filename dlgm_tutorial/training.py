@@ -197,7 +197,7 @@ def write_atomically(path):
 
 
 def read_checkpoint(path):
-    """Return the contents of a checkpoint of `fit`, on the CPU: a dict with describe, step, history, model, optimizer.
+    """Return what `fit` wrote to the file `path`, on the CPU: a dict with describe, step, history, model, optimizer.
 
     Raises FileNotFoundError where there is none, ValueError for a damaged file. torch.load alone does not notice a
     flipped bit, so the checksums of the zip file are compared first.
