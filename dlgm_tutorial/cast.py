@@ -6,7 +6,8 @@
     digits10  10 -> 64 one hidden layer, too many latents for exactness
 
 The points are called easy, bent (a skewed posterior), torn (two modes) and stranger (far from the model). The model is
-z ~ N(0, I), x = decoder(z) + N(0, noise_var I). `python -m dlgm_tutorial.reproduce 00 cast` makes the files again.
+z ~ N(0, I), x = decoder(z) + N(0, noise_var I). `line` shares the points of `wave`, and all its posteriors are normal;
+the bent point of `digits10` is bent only a little. `python -m dlgm_tutorial.reproduce 00 cast` makes the files again.
 """
 
 import math

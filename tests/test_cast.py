@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from dlgm_tutorial import cast, oracles
-from dlgm_tutorial.checks import check_below, check_close
+from dlgm_tutorial.checks import check_below, check_close, check_mc
+from dlgm_tutorial.evaluation import log_likelihood_ais
 from dlgm_tutorial.experiments import ch00_cast
 
 EXACT = ("line", "wave", "digits2")
 EASY, BENT, TORN, STRANGER = range(4)
 SHAPES = {"line": (1, 2), "wave": (1, 2), "digits2": (2, 64), "digits10": (10, 64)}
-each = pytest.mark.parametrize("name", EXACT)
+each = pytest.mark.parametrize("name", cast.NAMES)
 curved = pytest.mark.parametrize("name", ["wave", "digits2"])
 
 
@@ -99,6 +100,19 @@ def test_the_torn_point_has_two_modes(name):
     assert max(min(s, 1 - s) for s in share) > 0.2
 
 
+def test_the_torn_point_of_digits10_has_two_modes():
+    member = cast.digits10()
+    first, second = member.modes
+    assert dip(member, member.x[TORN], first, second) < 0.5
+    generator = torch.Generator().manual_seed(0)
+    for mode in member.modes:  # nowhere near it is higher
+        near = mode + 1e-3 * torch.randn(500, 1, 10, generator=generator, dtype=torch.float64)
+        assert bool((member.log_joint(member.x[[TORN]], near) < member.log_joint(member.x[[TORN]], mode[None, None])).all())
+    samples = ch00_cast.posterior_samples(member.decoder, member.noise_var, member.x[[TORN]], num_chains=200, num_steps=60, seed=9)[:, 0]
+    near_first = torch.cdist(samples, member.modes).argmin(1) == 0
+    assert 0.2 < near_first.double().mean() < 0.8
+
+
 def third_moment(grid, i):
     """Skewness along the principal axis with the largest skewness, from the grid."""
     mass, delta = grid.log_prob[:, i].exp() * grid.volume[i], grid.points[:, i] - grid.mean[i]
@@ -125,6 +139,13 @@ def test_the_stranger_is_far_from_the_model(name):
     check_below(evidence[STRANGER], evidence[:STRANGER].min() - 5)
 
 
+def test_evidence_of_digits10_is_confirmed_by_another_annealing():
+    member = cast.digits10()
+    assert bool((member.standard_error < 0.1).all())
+    again = log_likelihood_ais(member, member.x, 48, num_steps=120, num_latents=10, generator=torch.Generator().manual_seed(11))
+    check_mc(again.value, member.log_evidence, standard_error=torch.hypot(again.standard_error, member.standard_error))
+
+
 # The making
 
 def test_training_on_the_grid_raises_the_likelihood_and_repeats_itself():
@@ -146,6 +167,7 @@ def test_training_with_chains_raises_the_likelihood():
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: cast.load("circle"), "name must be one of line, wave, digits2, digits10, got 'circle'"),
+    (lambda: cast.digits10().posterior_grid(), "digits10 has 10 latents: its posteriors fit no grid"),
 ])
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
