@@ -66,7 +66,7 @@ def execute(nb, folder):
         ledger.touch()
         os.environ["DLGM_LEDGER"] = str(ledger)
         start = time.perf_counter()
-        NotebookClient(nb, timeout=600, kernel_name="python3", record_timing=False,
+        NotebookClient(nb, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
                        resources={"metadata": {"path": str(folder)}}).execute()
         seconds = time.perf_counter() - start
         checks = [json.loads(line) for line in ledger.read_text().splitlines()]
