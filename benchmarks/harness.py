@@ -35,13 +35,15 @@ def clock():
     return time.process_time()
 
 
-def compare(candidates, *, reference, rounds=21, block=1, seed=0):
+def compare(candidates, *, reference, rounds=21, block=1, seed=0, work=None):
     """Time the candidates and return {name: {ratio, low, high, ratios, seconds}}; ratio 1 is the reference.
 
     candidates: {name: function without arguments, one unit of work}; block: calls in a row, whose median counts.
+    work: {name: amount}, to compare seconds per amount where the slow are given less to do (default 1 each).
     ratio: median over the rounds, low and high its quartiles.
     """
-    candidates = {**candidates, AGAIN: candidates[reference]}
+    amount = {name: (work or {}).get(name, 1) for name in candidates}
+    candidates, amount[AGAIN] = {**candidates, AGAIN: candidates[reference]}, amount[reference]
     seconds = {name: [] for name in candidates}
     shuffle = random.Random(seed).sample
     for function in candidates.values():  # warm up
@@ -56,7 +58,7 @@ def compare(candidates, *, reference, rounds=21, block=1, seed=0):
                     start = clock()
                     candidates[name]()
                     units.append(clock() - start)
-                seconds[name].append(float(np.median(units)))
+                seconds[name].append(float(np.median(units)) / amount[name])
     finally:
         gc.enable()
     report = {}

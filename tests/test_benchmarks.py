@@ -29,6 +29,13 @@ def test_ratios_are_those_of_the_same_round(monkeypatch):
     assert len(calls) == 4 + 6 * 8 and len(orders) > 1  # shuffled anew in each round
 
 
+def test_seconds_are_per_amount_of_work(monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(harness, "clock", lambda: float(next(now)))  # one second between any two looks
+    report = harness.compare({"a": lambda: None, "b": lambda: None}, reference="a", rounds=3, work={"b": 4})
+    assert report["b"]["ratio"] == 0.25 and report["b"]["seconds"] == 0.25 and report[harness.AGAIN]["ratio"] == 1
+
+
 def test_results_file_says_what_it_ran_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     report = harness.compare({"a": lambda: sum(range(1000))}, reference="a", rounds=3)
