@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlgm_tutorial import results
-from dlgm_tutorial.evaluation import knn_error
+from dlgm_tutorial import cast, results
+from dlgm_tutorial.evaluation import inference_gaps, knn_error
 from dlgm_tutorial.exact_inference import fit_factor_analysis
 from dlgm_tutorial.reproduce import experiment
 from dlgm_tutorial.stochastic_backprop import DLGM, impute, score_function_loss, wake_sleep_losses
@@ -400,3 +400,25 @@ def imputation_mnist(run):
     train_x, test_x = tensor(data.x), tensor(test.x)[rows]
     figures = imputation_figures({"diagonal": model}, train_x, test_x, 28, 200, run.seed, 30)
     return {"num_test": len(test_x), "num_sweeps": 200, "num_chains": 4, "masks": figures}
+
+
+# ---------------------------------------------------------------- the cast
+@experiment("02", "portrait", paper=PAPER, table="true against approximate posterior", hours=0.05, steps=2000)
+def portrait(run):
+    """Recognition networks for the cast's fixed decoders, trained on data drawn from them: bounds and gaps."""
+    figures, arrays = {}, {}
+    for name in ("line", "wave", "digits2"):
+        member = cast.load(name)
+        size = member.num_latents
+        torch.manual_seed(run.seed)
+        model = DLGM(member.x.shape[1], size, 64, recognition="diagonal" if size == 1 else "full",
+                     recognition_dims=(64, 64), decoder=member.decoder, noise_var=member.noise_var,
+                     likelihood="gaussian", freeze_decoder=True).double()
+        # The stranger is far from anything that the model draws: there the network extrapolates.
+        data = model.sample(20_000, generator=torch.Generator().manual_seed(run.seed))
+        settings = run.fit_options(name)
+        fit(model, data, batch_size=200, lr=stepped_rate(settings["num_steps"], 2e-3), num_samples=4, **settings)
+        gaps = inference_gaps(model, member.x, log_likelihood=member.log_evidence)
+        figures[name] = {key: getattr(gaps, key).tolist() for key in ("bound", "approximation", "amortization")}
+        arrays |= {f"{name}/{key}": p.half() for key, p in model.recognition.state_dict().items()}
+    return figures, arrays

@@ -357,3 +357,24 @@ def log_likelihood_ais(log_likelihood, slope, num_chains, num_latents, num_steps
         slope_f = lambda z, beta=beta: beta * slope(z) - z
         z = hmc_step(z, log_f, slope_f, step_size, 5, rng)
     return log_w
+
+
+# --- book/02_stochastic_backprop/06_filling_in.ipynb, cell 75b16ea1
+def stationary(kernel):
+    """The distribution that a kernel [from, to] leaves alone."""
+    size = len(kernel)
+    equations = np.concatenate([kernel.T - np.eye(size), np.ones((1, size))])
+    return np.linalg.lstsq(equations, np.append(np.zeros(size), 1.0), rcond=None)[0]
+
+
+def dobrushin(kernel):
+    """Largest total-variation distance between two rows of a kernel."""
+    return max(0.5 * np.sum(np.abs(a - b)) for a in kernel for b in kernel)
+
+
+# --- book/02_stochastic_backprop/06_filling_in.ipynb, cell 43e9eda4
+def metropolis_kernel(target, proposal):
+    """Kernel [from, to] on a finite set with `target` as its law, eq-sb-metropolis."""
+    weight = target / proposal
+    move = proposal[None, :] * np.minimum(1.0, weight[None, :] / weight[:, None])
+    return move + np.diag(1 - np.sum(move, 1))
