@@ -145,6 +145,8 @@ def log_likelihood_ais(model, x, num_chains=16, *, num_steps=500, kernel="hmc", 
         if num_latents is None:
             shapes = [shape for kind, shape, _ in model.noise_spec(1).values() if kind == "normal"]
             num_latents = sum(shape[-1] for shape in shapes)
+            if not num_latents:
+                raise ValueError("num_latents must be given: model.noise_spec has no normal noise to count")
         base = lambda rows: DiagonalNormal(*torch.zeros(2, len(rows), num_latents, dtype=x.dtype, device=x.device))
     step = partial(KERNELS[kernel], num_leapfrog=num_leapfrog) if kernel == "hmc" else KERNELS[kernel]
     split = getattr(model, "split", lambda z: z)
@@ -182,40 +184,65 @@ def quasi_normal(num_samples, num_latents, *, seed=0, dtype=torch.float64, devic
     return torch.cat([half, -half]).to(device, dtype)
 
 
+def _layers(q):
+    """The normals that q is made of: its layers, or itself."""
+    return q.layers if hasattr(q, "layers") else (q,)
+
+
+def _like(q, layers):
+    return type(q)(layers, flat=q.flat) if hasattr(q, "layers") else layers[0]
+
+
+def _points(q, num_samples, seed):
+    """Quasi-normal points for all layers of q, one set for every example: [S, 1, K]."""
+    loc, num_latents = _layers(q)[0].loc, sum(layer.event_shape[-1] for layer in _layers(q))
+    return quasi_normal(num_samples, num_latents, seed=seed, dtype=loc.dtype, device=loc.device)[:, None]
+
+
 def _elbo(log_joint, q, noise):
-    return log_joint(q.rsample(noise.shape[:1], noise=noise.expand(-1, *q.batch_shape, -1))).mean(0) + q.entropy()
+    layers = _layers(q)
+    z = q.rsample(noise.shape[:1], noise=noise.expand(-1, *layers[0].batch_shape, -1))
+    return log_joint(z).mean(0) + sum(layer.entropy() for layer in layers)
 
 
 def fit_posterior(log_joint, q, *, num_samples=256, num_steps=300, lr=0.1, seed=0):
     """Improve a normal q example by example until its ELBO rises no more: (the best q found, its ELBO [B]).
 
-    log_joint: maps z [S, B, K] to [S, B]; q: one of `distributions`' normals, [B, K], where the search starts and the
-    family that it stays in. All examples at once: Adam on the parameters, num_steps of a rate falling from lr to
-    lr / 1000, on the fixed points of `quasi_normal(num_samples, K, seed=seed)`. The answer is never below the start.
+    log_joint: maps z [S, B, K] to [S, B]; q: one of `distributions`' normals, [B, K], or something with `layers` of
+    them (z in tuples): where the search starts, and the family that it stays in. All examples at once: Adam on the
+    parameters, num_steps of a rate falling from lr to lr / 1000, on the fixed points of
+    `quasi_normal(num_samples, K, seed=seed)`. The answer is never below the start.
     It is found and judged on the same points: many latents ask for many of them, and another seed tells how many.
     """
-    transforms = {name: transform_to(constraint) for name, constraint in q.arg_constraints.items()}
-    free = {name: t.inv(getattr(q, name).detach()).clone().requires_grad_() for name, t in transforms.items()}
-    build = lambda: type(q)(**{name: t(free[name]) for name, t in transforms.items()})
-    noise = quasi_normal(num_samples, q.event_shape[-1], seed=seed, dtype=q.loc.dtype, device=q.loc.device)[:, None]
-    optimizer = torch.optim.Adam(free.values(), lr, betas=(0.9, 0.9))  # exact gradients need no long memory
+    # Free parameters, layer by layer: (layer, name, map from the real numbers, value there).
+    names = [(layer, name, transform_to(constraint))
+             for layer in _layers(q) for name, constraint in layer.arg_constraints.items()]
+    free = [t.inv(getattr(layer, name).detach()).clone().requires_grad_() for layer, name, t in names]
+
+    def build(values):
+        parts = {}
+        for (layer, name, t), value in zip(names, values, strict=True):
+            parts.setdefault(layer, {})[name] = t(value)
+        return _like(q, [type(layer)(**parameters) for layer, parameters in parts.items()])
+
+    noise = _points(q, num_samples, seed)
+    optimizer = torch.optim.Adam(free, lr, betas=(0.9, 0.9))  # exact gradients need no long memory
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 1e-3 ** (1 / num_steps))
     best = _elbo(log_joint, q, noise).detach()
-    kept = {name: value.detach().clone() for name, value in free.items()}
+    kept = [value.detach().clone() for value in free]
     for _ in range(num_steps + 1):
-        value = _elbo(log_joint, build(), noise)
+        value = _elbo(log_joint, build(free), noise)
         with torch.no_grad():
             better = value > best
             best = torch.where(better, value, best)
-            for name, p in free.items():
-                kept[name] = torch.where(better.reshape(-1, *[1] * (p.ndim - 1)), p, kept[name])
-        gradients = torch.autograd.grad(-value.sum(), list(free.values()))
-        for p, gradient in zip(free.values(), gradients, strict=True):
+            keep = lambda p, old, better=better: torch.where(better.reshape(-1, *[1] * (p.ndim - 1)), p, old)
+            kept = list(map(keep, free, kept))
+        for p, gradient in zip(free, torch.autograd.grad(-value.sum(), free), strict=True):
             p.grad = gradient
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return type(q)(**{name: t(kept[name]) for name, t in transforms.items()}), best
+        return build(kept), best
 
 
 class Gaps(NamedTuple):
@@ -236,21 +263,19 @@ def inference_gaps(model, x, *, log_likelihood=None, best_bound=None, num_sample
     """Split log p(x) - bound into approximation gap and amortization gap -> Gaps, each [B].
 
     model: posterior, and log_joint or bound; x: [B, D]; log_likelihood: [B] or Estimate (default model.log_likelihood).
-    A posterior that is one of `distributions`' normals is improved by `fit_posterior` (num_samples, num_steps, lr,
+    A posterior made of `distributions`' normals is improved by `fit_posterior` (num_samples, num_steps, lr,
     seed), and both bounds are taken at the same points, so that amortization is never negative. For other posteriors
     give best_bound [B], the best of the family by other means. Source: Cremer, Li and Duvenaud 2018.
     """
     _check_data(x)
-    if log_likelihood is None:
-        log_likelihood = model.log_likelihood(x)
-    log_likelihood = getattr(log_likelihood, "value", log_likelihood).to(x.device)
     with torch.no_grad():
+        log_likelihood = model.log_likelihood(x) if log_likelihood is None else log_likelihood
+        log_likelihood = getattr(log_likelihood, "value", log_likelihood).to(x.device)
         q = model.posterior(x)
-    if hasattr(q, "loc") and hasattr(q, "kl_to_standard"):
+    if all(hasattr(layer, "loc") and hasattr(layer, "kl_to_standard") for layer in _layers(q)):
         log_joint = lambda z: model.log_joint(x, z)
         with torch.no_grad():
-            noise = quasi_normal(num_samples, q.event_shape[-1], seed=seed, dtype=x.dtype, device=x.device)
-            bound = _elbo(log_joint, q, noise[:, None])
+            bound = _elbo(log_joint, q, _points(q, num_samples, seed))
         kl = log_likelihood - bound
         if best_bound is None:
             _, best_bound = fit_posterior(log_joint, q, num_samples=num_samples, num_steps=num_steps, lr=lr, seed=seed)

@@ -252,6 +252,28 @@ def test_rank_one_gap_of_the_reference_case():
     check_close(gap.min(), 0.098428658, 2e-3)
 
 
+class Layers:
+    """Two independent normals, tuples in and out."""
+
+    def __init__(self, layers, flat=False):
+        self.layers, self.flat = layers, flat
+
+    def rsample(self, sample_shape, noise):
+        return tuple(layer.rsample(sample_shape, noise=part) for layer, part in zip(self.layers, noise.split([2, 1], -1), strict=True))
+
+
+def test_gap_of_layers_that_are_independent_of_each_other():
+    """The best product of a full normal and a scalar has the precision's diagonal blocks; the gap is what |blocks| exceed."""
+    model = Linear(3)
+    flat = model.log_joint
+    model.log_joint = lambda x, z: flat(x, torch.cat(z, -1))
+    model.posterior = lambda x: Layers([FAMILIES["full"](2), FAMILIES["full"](1)])
+    gaps = inference_gaps(model, model.x)
+    precision = np.linalg.inv(model.truth(model.x)[2])
+    want = 0.5 * (np.linalg.slogdet(precision[:2, :2])[1] + np.log(precision[2, 2]) - np.linalg.slogdet(precision)[1])
+    check_close(gaps.approximation, np.full(B, want), 1e-6)
+
+
 def test_fit_never_falls_below_its_start():
     model = Linear()
     exact = model.posterior(model.x)
@@ -370,12 +392,18 @@ def test_reconstruction_error_of_a_linear_model():
 MODEL = Linear()
 
 
+class NoNoise(Linear):
+    def noise_spec(self, batch_size, num_samples=1):
+        return {}
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: log_likelihood_is(MODEL, torch.zeros(0, D)), r"x must be a tensor \[B, D\] with at least one row, got \[0, 5\]"),
     (lambda: log_likelihood_is(MODEL, MODEL.x[0]), r"x must be a tensor \[B, D\]"),
     (lambda: log_likelihood_is(MODEL, MODEL.x, 0), "num_samples must be at least 1, got 0"),
     (lambda: log_likelihood_ais(MODEL, MODEL.x, kernel="gibbs"), "kernel must be one of .*, got 'gibbs'"),
     (lambda: log_likelihood_ais(MODEL, MODEL.x, betas=[0, 0.5]), "betas must rise from 0 to 1"),
+    (lambda: log_likelihood_ais(NoNoise(), MODEL.x), "num_latents must be given: model.noise_spec has no normal noise"),
     (lambda: quasi_normal(7, 3), r"num_samples must be even and more than 2 \* 3, got 7"),
     (lambda: Calibration(torch.zeros(2, 1), 98).histogram(10), r"num_bins must divide num_draws \+ 1 = 99, got 10"),
     (lambda: posterior_on_grid(None, [0.0, 0, 0], [1.0, 1, 1]), "low and high must be"),
