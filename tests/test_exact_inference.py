@@ -6,6 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from autograd import grad
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA, FactorAnalysis
 
@@ -20,6 +21,7 @@ from dlgm_tutorial.exact_inference import (
     fit_ppca,
     select_num_latents,
 )
+from dlgm_tutorial.scratch import exact_inference as scratch
 
 B, S, D, K = 3, 5, 7, 2
 GPU = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -411,6 +413,44 @@ def test_selection_finds_the_number_of_latents_that_made_the_data():
     fold = fold[torch.randperm(400, generator=torch.Generator().manual_seed(3))]
     left_out = fit(x[fold != 1], 3).model.bound(x[fold == 1])
     check_close(chosen.log_likelihoods[3, fold == 1], left_out, 1e-12)
+
+
+# --- The from-scratch version of the chapter
+
+def test_scratch_and_package_agree_in_values_and_gradients():
+    model, x = build(), data()
+    weight, bias, noise_var = arrays(model)
+    mean, precision = scratch.posterior(x.numpy(), weight, bias, noise_var)
+    check_close(model.posterior(x).mean, mean, 1e-11, "eq-ei-posterior")
+    check_close(torch.linalg.inv(model.posterior(x).covariance_matrix[0]), precision, 1e-11, "eq-ei-posterior")
+    check_close(model.bound(x), scratch.log_evidence(x.numpy(), weight, bias, noise_var), 1e-11, "eq-ei-evidence")
+    seen = torch.where(MASK, x, torch.nan)
+    mean, precision = scratch.posterior_missing(seen.numpy(), MASK.numpy(), weight, bias, noise_var)
+    check_close(model.posterior(seen, MASK).mean, mean, 1e-11, "eq-ei-missing")
+    gaps = [scratch.mean_field_gap(p) for p in precision]
+    check_close(model.mean_field_gap(seen, MASK), gaps, 1e-11, "eq-ei-mean-field-gap")
+    cov = np.diag([0.3, 0.7])
+    want = [scratch.elbo(row, m, cov, weight, bias, noise_var) for row, m in zip(x.numpy(), mean, strict=True)]
+    check_close(model.elbo(x, torch.as_tensor(mean), torch.as_tensor(cov)), want, 1e-11, "eq-ei-elbo-closed")
+    total = lambda w, v: scratch.log_evidence(x.numpy(), w, bias, v).sum()
+    model.bound(x).sum().backward()
+    check_close(model.decoder.weight.grad, grad(total, 0)(weight, noise_var), 1e-10, "eq-ei-gradient")
+    check_close(model.log_noise_var.grad, grad(total, 1)(weight, noise_var) * noise_var, 1e-10, "eq-ei-gradient")
+
+
+def test_scratch_and_package_take_the_same_em_steps():
+    _, cov = covariance()
+    theirs, ours = (draw(D, K), draw(D, seed=4).exp()), (draw(D, K).numpy(), draw(D, seed=4).exp().numpy())
+    for _ in range(10):
+        *theirs, _ = em_step(*theirs, cov)
+        ours = scratch.em_step(*ours, cov.numpy())
+    check_close(theirs[0], ours[0], 1e-10, "eq-ei-em-weight")
+    check_close(theirs[1], ours[1], 1e-10, "eq-ei-em-noise")
+    x, cov = covariance()
+    weight, noise_var = scratch.ppca(cov.numpy(), K)
+    model = fit_ppca(x, K).model
+    check_close(model.weight @ model.weight.mT, weight @ weight.T, 1e-10, "eq-ei-ppca")
+    check_close(model.noise_var, np.full(D, noise_var), 1e-11, "eq-ei-ppca")
 
 
 # --- Bad input

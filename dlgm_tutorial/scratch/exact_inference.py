@@ -71,29 +71,26 @@ def posterior_missing(x, observed, weight, bias, noise_var):
 import autograd.numpy as np
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell 9ea8d96d
+# --- book/01_exact_inference/03_learning.ipynb, cell 84dee204
 def average_evidence(weight, noise_var, data_cov):
-    """Mean of log p(x) over data of covariance [D, D], bias at their mean (eq-ei-average)."""
+    """Mean of log p(x), data covariance [D, D], bias at the mean (eq-ei-average)."""
     cov_x = weight @ weight.T + np.diag(noise_var)
-    quadratic = np.trace(np.linalg.solve(cov_x, data_cov))
-    return -0.5 * (
-        len(data_cov) * np.log(2 * np.pi) + np.linalg.slogdet(cov_x)[1] + quadratic
-    )
+    log_det = np.linalg.slogdet(2 * np.pi * cov_x)[1]
+    return -0.5 * (log_det + np.trace(np.linalg.solve(cov_x, data_cov)))
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell d405facc
+# --- book/01_exact_inference/03_learning.ipynb, cell 2d2368bd
 def gradient_by_hand(weight, noise_var, data_cov):
     """Gradient of average_evidence in weight [D, K], noise_var [D] (eq-ei-gradient)."""
     cov_x = weight @ weight.T + np.diag(noise_var)
-    half = np.linalg.solve(
-        cov_x, np.eye(len(data_cov)) - np.linalg.solve(cov_x, data_cov).T
-    )  # G
-    return -half @ weight, -0.5 * np.diag(half)
+    ratio = np.linalg.solve(cov_x, data_cov).T  # data_cov cov_x^-1
+    G = np.linalg.solve(cov_x, np.eye(len(data_cov)) - ratio)
+    return -G @ weight, -0.5 * np.diag(G)
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell 271cc05e
+# --- book/01_exact_inference/03_learning.ipynb, cell 667349f2
 def posterior_moments(weight, noise_var, data_cov):
-    """Posterior means of (x - b) z^T [D, K] and z z^T [K, K], data averaged (eq-ei-moments)."""
+    """Means of (x - b) z^T [D, K] and z z^T [K, K] (eq-ei-moments)."""
     scaled = weight / noise_var[:, None]
     precision = np.eye(weight.shape[1]) + weight.T @ scaled
     cov = np.linalg.solve(precision, np.eye(len(precision)))
@@ -105,11 +102,7 @@ def gradient_by_posterior(weight, noise_var, data_cov):
     """The same by Fisher's identity (eq-ei-fisher): moments of the posterior alone."""
     cross, second = posterior_moments(weight, noise_var, data_cov)
     by_weight = (cross - weight @ second) / noise_var[:, None]
-    squares = (
-        np.diag(data_cov)
-        - 2 * np.sum(weight * cross, 1)
-        + np.sum(weight @ second * weight, 1)
-    )
+    squares = np.diag(data_cov) + np.sum(weight * (weight @ second - 2 * cross), 1)
     return by_weight, 0.5 * (squares / noise_var**2 - 1 / noise_var)
 
 
@@ -121,15 +114,14 @@ def em_step(weight, noise_var, data_cov):
     return weight, np.diag(data_cov) - np.sum(weight * cross, 1)
 
 
-# --- book/01_exact_inference/03_learning.ipynb, cell 43a55a21
+# --- book/01_exact_inference/03_learning.ipynb, cell f8396b6b
 def ppca(data_cov, num_latents):
     """Maximum-likelihood weight [D, K] and noise variance of PPCA (eq-ei-ppca)."""
     values, vectors = np.linalg.eigh(data_cov)
     values, vectors = values[::-1], vectors[:, ::-1]
     noise_var = np.mean(values[num_latents:])
-    return vectors[:, :num_latents] * np.sqrt(
-        values[:num_latents] - noise_var
-    ), noise_var
+    lengths = np.sqrt(values[:num_latents] - noise_var)
+    return vectors[:, :num_latents] * lengths, noise_var
 
 
 # --- book/01_exact_inference/04_real_images.ipynb, cell 99f936c9
@@ -137,7 +129,7 @@ import autograd.numpy as np
 from autograd.scipy.stats import norm
 
 
-# --- book/01_exact_inference/04_real_images.ipynb, cell 29bff21b
+# --- book/01_exact_inference/04_real_images.ipynb, cell 844644dd
 def dequantise(x, levels, noise):
     """Whole pixels in [0, levels) plus uniform noise, scaled to [0, 1): all [B, D]."""
     return (x + noise) / levels
@@ -145,8 +137,8 @@ def dequantise(x, levels, noise):
 
 def cell_mass(x, mean, var):
     """Log-probability of whole pixels x [B, D] under independent Gaussians, [B]."""
-    scale = np.sqrt(var)
-    return np.sum(np.log(norm.cdf((x + 1 - mean) / scale) - norm.cdf((x - mean) / scale)), 1)
+    low, high = (x - mean) / np.sqrt(var), (x + 1 - mean) / np.sqrt(var)
+    return np.sum(np.log(norm.cdf(high) - norm.cdf(low)), 1)
 
 
 # --- book/01_exact_inference/05_estimating.ipynb, cell 699ee1b7
@@ -157,9 +149,9 @@ def prior_second_moment(x, weight, bias, noise_var):
     return halved - 2 * log_evidence(x, weight, bias, noise_var) + constant
 
 
-# --- book/01_exact_inference/05_estimating.ipynb, cell c60fc24d
+# --- book/01_exact_inference/05_estimating.ipynb, cell 7d73f820
 def log_mean_weight(log_w):
-    """Log of the mean weight, its standard error, the ESS (eq-ei-error-bar), from [S]."""
+    """Log of the mean of weights [S], its error, the ESS (eq-ei-error-bar)."""
     num = len(log_w)
     value = logsumexp(log_w) - np.log(num)
     ess = np.exp(2 * logsumexp(log_w) - logsumexp(2 * log_w))
@@ -183,9 +175,9 @@ def elbo(x, loc, cov, weight, bias, noise_var):
     return at_loc - 0.5 * np.trace(precision @ cov) + entropy
 
 
-# --- book/01_exact_inference/05_estimating.ipynb, cell 3fb805a3
+# --- book/01_exact_inference/05_estimating.ipynb, cell 7e9c7077
 def mean_field_gap(precision):
-    """Gap of the best diagonal Gaussian, in nats (eq-ei-mean-field-gap): from [K, K]."""
+    """Gap of the best diagonal Gaussian, in nats (eq-ei-mean-field-gap)."""
     return 0.5 * (np.sum(np.log(np.diag(precision))) - np.linalg.slogdet(precision)[1])
 
 
