@@ -239,7 +239,7 @@ import autograd.numpy as np
 from scipy.special import erfcx, ndtr, owens_t
 
 
-# --- book/05_analytic_em/05_two_latents.ipynb, cell 0ded2d62
+# --- book/05_analytic_em/05_two_latents.ipynb, cell bef9aa24
 def clip(polygon, a, c):
     """The part of a convex polygon [V, 2] where a.z + c >= 0."""
     side, corners = np.dot(polygon, a) + c, []
@@ -253,6 +253,7 @@ def clip(polygon, a, c):
     return np.array(corners)
 
 
+# --- book/05_analytic_em/05_two_latents.ipynb, cell adf098a6
 def partition_2d(layers, slope, box=50.0):
     """Polygons [V, 2], and A [D, 2], b [D] of each, for a decoder with two latents."""
     square = box * np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
