@@ -553,7 +553,7 @@ def _check_array(value, shape, name):
     value = torch.as_tensor(value, dtype=torch.get_default_dtype())
     _require(tuple(value.shape) == shape, f"{name} must have shape {list(shape)}, got {list(value.shape)}")
     _require(bool(value.isfinite().all()), f"{name} must be finite")
-    return value
+    return value.clone(memory_format=torch.contiguous_format)  # the model's own: not the caller's memory
 
 
 class _LatentModel(nn.Module):

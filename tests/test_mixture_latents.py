@@ -862,3 +862,12 @@ def test_numpy_and_torch_agree_on_kl_and_sticks():
     check_close(stick_breaking(*theirs), scratch.stick_breaking(log_v, log1m), 1e-11)
     for kind in ("dirichlet", "gem"):
         check_close(torch.stack(stick_prior(kind, 0.7, C)), np.stack(scratch.stick_prior(kind, 0.7, C)), 1e-15)
+
+
+def test_prior_components_are_the_models_own_memory():
+    """An expanded tensor as prior_loc: the state can be saved and loaded, and the caller's array stays as it was."""
+    shift = torch.tensor([-1.0, 0.0, 1.0, 2.0])[:, None]
+    model = MixtureDLGM(D, K, C, hidden_dims=(5,), prior_loc=shift.expand(C, K), learn_prior=True)
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    check_close(model.prior_loc, (shift + 1).expand(C, K), 1e-6)
+    assert shift[0] == -1
