@@ -20,13 +20,13 @@ def small_decoder():
             (np.array([[1.0, -0.5, 0.7], [0.2, 0.9, -1.1]]), np.array([0.1, -0.2]))]
 
 
-# --- book/05_analytic_em/01_regions.ipynb, cell 1118ce72
+# --- book/05_analytic_em/01_regions.ipynb, cell 08d9592e
 def affine_maps(layers, codes, slope):
     """A [R, D, K] and b [R, D] for codes, a list of [R, H_l] booleans, one a hidden layer."""
     W, v = layers[0]
     A = np.repeat(W[None], len(codes[0]), axis=0)
     b = np.repeat(v[None], len(codes[0]), axis=0)
-    for (W, v), code in zip(layers[1:], codes):
+    for (W, v), code in zip(layers[1:], codes, strict=False):
         q = np.where(code, 1.0, slope)
         A = np.einsum("oh,rhk->rok", W, q[:, :, None] * A)
         b = np.dot(q * b, W.T) + v
@@ -96,7 +96,7 @@ def beyond_zero(a, b):
     return -0.5 * a ** 2 + np.log(E / 2), rate * (1 - fall), 1 + rate * (a - fall * b0)
 
 
-# --- book/05_analytic_em/02_one_region.ipynb, cell b2a17c68
+# --- book/05_analytic_em/02_one_region.ipynb, cell 162135cf
 def thin_slice(a, width):
     """The same for a finite a and a small width: three Gauss-Legendre nodes."""
     node = 0.5 + np.sqrt(0.15) * np.array([-1.0, 0.0, 1.0])
@@ -114,7 +114,8 @@ def truncated(a, b):
     finite = np.isfinite(a) & np.isfinite(b)
     a0, width = np.where(finite, a, 0.0), np.where(finite, b, 1.0) - np.where(finite, a, 0.0)
     thin = finite & (width * (1 + np.abs(a0)) < 1e-3)
-    cases = zip(thin_slice(a0, np.where(thin, width, 0.0)), beyond_zero(a, b), around_zero(a, b))
+    cases = zip(thin_slice(a0, np.where(thin, width, 0.0)), beyond_zero(a, b),
+                around_zero(a, b), strict=True)
     log_Z, mean, square = (np.where(thin, x, np.where(a >= 0, y, z)) for x, y, z in cases)
     return log_Z, np.where(flip, -mean, mean), square
 
@@ -156,7 +157,7 @@ def log_likelihood(layers, x, noise_var, slope, knots, codes):
     return np.mean(logsumexp(log_kappa + np.log(mass), axis=1))
 
 
-# --- book/05_analytic_em/04_em.ipynb, cell 2bd0883b
+# --- book/05_analytic_em/04_em.ipynb, cell 9672060a
 def input_map(layers, codes, slope, layer):
     """h = G z + c, the input of a layer on every region, one latent: G [R, p], c [R, p]."""
     if layer == 0:
@@ -171,7 +172,7 @@ def output_maps(layers, codes, slope):
     """F of every layer, a list of [R, D, H_l]: from its pre-activation to the output."""
     D, R = len(layers[-1][1]), len(codes[0])
     F = [np.repeat(np.eye(D)[None], R, axis=0)]
-    for (W, _), code in zip(layers[:0:-1], codes[::-1]):
+    for (W, _), code in zip(layers[:0:-1], codes[::-1], strict=True):
         F.insert(0, np.einsum("rdo,oh->rdh", F[0], W) * np.where(code, 1.0, slope)[:, None])
     return F
 
@@ -253,7 +254,7 @@ def clip(polygon, a, c):
     return np.array(corners)
 
 
-# --- book/05_analytic_em/05_two_latents.ipynb, cell adf098a6
+# --- book/05_analytic_em/05_two_latents.ipynb, cell 7f35c703
 def partition_2d(layers, slope, box=50.0):
     """Polygons [V, 2], and A [D, 2], b [D] of each, for a decoder with two latents."""
     square = box * np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
@@ -262,7 +263,7 @@ def partition_2d(layers, slope, box=50.0):
         after = []
         for polygon, A, b in cells:
             A, b, parts = np.dot(W, A), np.dot(W, b) + v, [polygon]
-            for a, c in zip(A, b):
+            for a, c in zip(A, b, strict=True):
                 halves = [clip(p, s * a, s * c) for p in parts for s in (1.0, -1.0)]
                 parts = [p for p in halves if len(p) > 2]
             for part in parts:
@@ -291,7 +292,7 @@ def polygon_moments(u):
     return zero, first, 0.5 * (second + second.T)
 
 
-# --- book/05_analytic_em/05_two_latents.ipynb, cell 61009424
+# --- book/05_analytic_em/05_two_latents.ipynb, cell 363d2591
 def e_step_2d(layers, x, noise_var, slope):
     """log p(x), E[z | x] and E[z z^T | x] of one datum [D]; two latents, no tail formula."""
     terms = []
@@ -308,5 +309,5 @@ def e_step_2d(layers, x, noise_var, slope):
         terms.append((np.exp(log_kappa) * np.array([zero]), np.exp(log_kappa) * (mu * zero + shift),
                       np.exp(log_kappa) * (zero * np.outer(mu, mu) + np.outer(mu, shift)
                                            + np.outer(shift, mu) + back @ second @ back.T)))
-    mass, mean, square = (sum(term) for term in zip(*terms))
+    mass, mean, square = (sum(term) for term in zip(*terms, strict=True))
     return np.log(mass[0]), mean / mass[0], square / mass[0]
