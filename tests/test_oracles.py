@@ -3,7 +3,7 @@
 import mpmath
 import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 
 from dlgm_tutorial import oracles
 from dlgm_tutorial.checks import check_close, check_mc
@@ -143,3 +143,17 @@ def test_small_helpers():
     check_close(oracles.log_mean_exp(np.array([[1000.0, 0.0], [1000.0, 0.0]])), [1000.0, 0.0], 1e-9)
     check_close(oracles.finite_difference(lambda x: float(np.sum(x**3)), np.array([[1.0, 2.0]])), [[3.0, 12.0]], 1e-6)
     assert mpmath.mp.dps == 15  # no oracle leaves a changed precision behind
+
+
+def test_log_normal_is_scipy_s():
+    z = np.array([[-1.0, 0.5], [2.0, 0.0]])
+    check_close(oracles.log_normal(z, 0.3, 0.7), stats.norm(0.3, 0.7).logpdf(z), 1e-13)
+
+
+def test_kumaraswamy_nodes_integrate_its_moments():
+    """E v^n = b B(1 + n / a, b), and E log v = -(psi(b + 1) + gamma) / a."""
+    a, b = 1.7, 0.6
+    v, w = oracles.kumaraswamy_nodes(a, b)
+    for n in (0, 1, 2):
+        check_close(w @ v**n, b * special.beta(1 + n / a, b), 1e-12)
+    check_close(w @ np.log(v), -(special.digamma(b + 1) + np.euler_gamma) / a, 1e-9)

@@ -215,3 +215,10 @@ def test_module_runs_as_a_command():
     done = subprocess.run([sys.executable, "-W", "error", "-m", "dlgm_tutorial.reproduce", "00", "no-such"],
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("no experiment '00 no-such'; there are:")
+
+
+def test_summarise_gives_mean_and_standard_error_over_seeds():
+    summary = reproduce.summarise([{"figures": {"nats": v, "part": {"kl": 2 * v}, "list": [v]}} for v in (1.0, 2.0, 6.0)])
+    assert set(summary) == {"nats", "part.kl"}
+    assert summary["nats"]["mean"] == 3.0 and summary["nats"]["seeds"] == 3
+    assert abs(summary["part.kl"]["standard_error"] - 2 * (7 / 3) ** 0.5) < 1e-12

@@ -527,3 +527,14 @@ def test_cuda_run_agrees_with_the_cpu(tmp_path):
         fit(model, examples(), **{**SETTINGS, "device": device})
     assert models[1].decoder.is_cuda
     assert (parameters_of(models[0]) - parameters_of(models[1]).cpu()).abs().max() < 1e-10
+
+
+def test_choose_device_takes_a_name_or_finds_one():
+    assert training.choose_device("cpu").type == "cpu"
+    assert training.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_history_column_leaves_out_records_without_the_figure():
+    history = training.History([{"step": 1, "bound": -2.0}, {"step": 2, "bound": -1.0, "valid": -1.5}])
+    assert history.column("bound").tolist() == [-2.0, -1.0]
+    assert history.column("valid").tolist() == [-1.5]
