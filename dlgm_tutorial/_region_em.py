@@ -52,8 +52,11 @@ class Statistics:
 
 
 def collect_statistics(decoder, x, noise_var, *, observed=None, chunk=None, slope=0.0, max_regions=MAX_REGIONS):
-    """Run the E-step and sum it over the data: the Statistics from which every layer is updated. Arguments as
-    `e_step`."""
+    """Run the E-step and sum it over the data: the Statistics from which every layer is updated.
+
+    decoder, x [B, D], noise_var, observed, chunk, slope, max_regions: as for `analytic_em.e_step`. Raises ValueError as
+    it does, and for full noise with missing values.
+    """
     network, x64, noise, mask = _prepare(decoder, x, noise_var, observed, slope)
     if mask is not None and noise.ndim == 2:
         raise ValueError("noise_var must be a number or [D] where values are missing")
@@ -120,11 +123,10 @@ def _backward_maps(network, codes):
 def m_step_direction(layer, stats, *, ridge=1e-10):
     """Solve for the weights of one layer that maximise the surrogate with every region's code held fixed: (W, b).
 
-    layer: number of the Linear layer, 0 nearest the latent, -1 nearest the data; eq-ae-normal. For the last layer it
-    is an exact
-    M-step. For the others the regions move with the weights, and the step may lower the likelihood (eq-ae-counter):
-    it is an ascent
-    direction only. ridge, relative to the mean eigenvalue, keeps the old weights where no data speaks (dead units).
+    layer: number of the Linear layer, 0 nearest the latent, -1 nearest the data; stats: of `collect_statistics`.
+    eq-ae-normal. For the last layer it is an exact M-step. For the others the regions move with the weights, and the
+    step may lower the likelihood (eq-ae-counter): it is an ascent direction only. ridge, relative to the mean
+    eigenvalue, keeps the old weights where no data speaks (dead units).
     """
     network = stats.network
     num_layers = len(network.layers)
@@ -242,11 +244,11 @@ def fit_em(
 
     method: "gem", closed-form step in the last layer and the noise, and in hidden layers the closed-form direction with
     backtracking on the exact likelihood, which never falls; "em", the same without backtracking, hidden layers moved by
-    `damping` of the way, which may fall; "gradient", L-BFGS on the exact gradient (eq-ae-fisher). noise:
-    "isotropic", "diagonal" or
-    "full", held above noise_floor times the variance of x; noise_var: where to start (half that variance); updated from
-    iteration noise_from on. tolerance: stop when an iteration gains less. observed: bool [B, D], gem, em and gradient,
-    not with full noise. callback(iteration, decoder, noise_var, log_likelihood). The decoder given is not changed.
+    `damping` of the way, which may fall; "gradient", L-BFGS on the exact gradient (eq-ae-fisher); num_iterations each.
+    noise: "isotropic", "diagonal" or "full", held above noise_floor times the variance of x; noise_var: where to start
+    (half that variance); updated from iteration noise_from on. tolerance: stop when an iteration gains less. observed:
+    bool [B, D], not with full noise. chunk, slope, max_regions: as for `analytic_em.e_step`.
+    callback(iteration, decoder, noise_var, log_likelihood). The decoder given is not changed.
     """
     if method not in ("em", "gem", "gradient"):
         raise ValueError(f"method must be 'em', 'gem' or 'gradient', got {method!r}")

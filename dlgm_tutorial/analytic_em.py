@@ -7,8 +7,10 @@ intervals, two use polygons; both are exact to rounding and batched over (data x
 linear programmes, simplices and signed cones: slow, a reference.
 
 A decoder is an nn.Sequential of Linear, ReLU, LeakyReLU, PReLU and Identity, or a list of (weight [out, in], bias
-[out]) with `slope`, the units' slope left of zero. noise_var is a number, [D] (diagonal) or [D, D] (full). Everything
-is computed in float64, whatever the arguments' dtype, and given back in that dtype.
+[out]) with `slope`, the units' slope left of zero. noise_var is a number, [D] (diagonal) or [D, D] (full); x is [B, D],
+observed a mask of it, bool [B, D] or [D]. chunk is how many data are worked on at a time (chosen to bound memory), and
+max_regions the number of regions above which a decoder is refused. Everything is computed in float64, whatever the
+arguments' dtype, and given back in that dtype.
 """
 
 import math
@@ -83,9 +85,8 @@ def partition(decoder, *, max_regions=MAX_REGIONS, slope=0.0, box=None):
 
     K = 1: the line at the units' roots, layer by layer; K = 2: the square |z_i| <= box (50) by polygon clipping;
     K >= 3: the cube (12) by linear programmes (slow). A and b by eq-ae-forward, differentiable in the decoder's
-    weights; duplicate and
-    dead units make no regions of their own. Raises ValueError for smooth units, and for more than max_regions regions,
-    with the count, before memory is spent.
+    weights; duplicate and dead units make no regions of their own. Raises ValueError for smooth units, and for more
+    than max_regions regions, with the count, before memory is spent.
 
     >>> regions = partition([([[1.0], [1.0]], [0.0, -1.0]), ([[1.0, -1.0]], [0.0])])
     >>> regions.cells.tolist()
@@ -107,10 +108,8 @@ def e_step(decoder, x, noise_var, *, observed=None, top=None, chunk=None, slope=
     """Exact posterior moments restricted to every region: (log_px [B], e0 [B, R], e1 [B, R, K], e2 [B, R, K, K]).
 
     e0 = P(z in region | x), e1 = E[z 1(z in region) | x], e2 likewise with z z^T: eq-ae-evidence, eq-ae-moments; the
-    regions are in
-    the order of `partition`. observed [B, D] or [D], bool: which coordinates count. top: keep only that many regions
-    a datum, the best ones; log_px is then a lower bound whose gap is -log of the mass kept, eq-ae-top. chunk: data
-    at a time.
+    regions are in the order of `partition`. observed [B, D] or [D], bool: which coordinates count. top: keep only that
+    many regions a datum, the best ones; log_px is then a lower bound whose gap is -log of the mass kept, eq-ae-top.
     Nats. Raises ValueError on shapes, NaN, noise that is not positive, smooth units, too many regions.
 
     >>> log_px, e0, e1, e2 = e_step([([[1.0]], [0.0])], torch.zeros(1, 1), 1.0)

@@ -11,6 +11,7 @@ from torch import nn
 
 from dlgm_tutorial import _normal_integrals as integrals
 from dlgm_tutorial.analytic_em import (
+    ExactPosterior,
     collect_statistics,
     e_step,
     exact_elbo,
@@ -278,6 +279,7 @@ def test_one_latent_matches_quadrature(sizes, noise_var, slope):
     x = relu_network(plain(layers), rng.normal(size=(3, 1)), slope)[0]
     x[2] += 2  # off the curve
     posterior = exact_posterior(layers, T(x), noise, slope=slope)
+    assert isinstance(posterior, ExactPosterior)
     for row, datum in enumerate(x):
         log_px, mean, second = relu_marginal(plain(layers), datum, noise, slope, panels=400)
         check_close(posterior.log_px[row], log_px, 1e-12, rtol=1e-13)
