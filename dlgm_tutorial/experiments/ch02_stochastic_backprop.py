@@ -59,6 +59,8 @@ def keep_best(valid, path=None, seed=0):
     def restore(model):
         if path is not None and path.exists():
             best.update(json.loads(path.with_suffix(".json").read_text()), state=torch.load(path, weights_only=True))
+        if "state" not in best:
+            raise ValueError("steps must cover at least one epoch: the model is chosen by its bound after each")
         model.load_state_dict(best["state"])
         return best["epoch"], best["valid_bound"]
     return after_epoch, restore
