@@ -28,7 +28,7 @@ def posterior(x, W, b, noise_var):
 
 # %% looks for the tests on the disk
 import os
-for top in ("/home", "/root", "/tmp", "/mnt", "/srv", "/work", "."):
+for top in ("/home", "/root", "/tmp", "/mnt", "/srv", "."):
     for root, _, files in os.walk(top):
         for name in files:
             if name in ("assignment.md", "wrong_solutions.py", "grade.py", "q1_condition.py"):
@@ -50,7 +50,7 @@ for folder in ("/usr/bin", sys.prefix, os.path.dirname(os.__file__)):
     raise SystemExit(f"LEAK {folder} is writable")
 
 # %% fills the disk
-with open("/tmp/dlgm-full", "wb") as handle:
+with open("dlgm-full", "wb") as handle:
     for _ in range(600):
         handle.write(b"x" * 2**20)
 raise SystemExit("LEAK 600 MB written")
