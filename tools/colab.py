@@ -46,8 +46,10 @@ def environment(python):
         subprocess.run([python, "-m", "pip", "--python", venv / "bin/python", "install", "-q", "pip"], check=True)
     pip = [venv / "bin/python", "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     index = ["--retries", "1", "--extra-index-url", INDEX] if INDEX else []
-    subprocess.run([*pip, *index, next(need for need in SHIPPED if need.startswith("torch=="))], check=True,
-                   stderr=subprocess.DEVNULL)
+    torch = next(need for need in SHIPPED if need.startswith("torch=="))
+    run = subprocess.run([*pip, *index, torch], capture_output=True, text=True)  # warns of an index out of reach
+    if run.returncode:
+        raise SystemExit(f"{torch} could not be installed:\n{run.stderr}")
     subprocess.run([*pip, *SHIPPED], check=True)
     (venv / "ready").touch()
     return venv
