@@ -1,6 +1,6 @@
 """Text source -> notebook: `python tools/notebooks.py [--check | --text] [book/.../01_x.md ...]`.
 
-Each source becomes an executed notebook beside it, with the Colab link under its title and the cell that installs the
+Each source becomes an executed notebook beside it, with the Colab badge under its title and the cell that installs the
 package where it is missing. Without sources: every page whose notebook is not in step with its text.
 With --check nothing is executed or written; notebooks out of step are reported.
 With --text nothing is executed: only prose may have changed, the outputs stay.
@@ -9,6 +9,7 @@ Executing a page also writes book/results/pages/CHAPTER/PAGE.json: how long it t
 """
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -28,6 +29,8 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 URL = re.search(r"(?m)^Source = \"(.*)\"$", (ROOT / "pyproject.toml").read_text()).group(1)
+# The badge travels inside each notebook: a relative path would break on Colab, a remote one when read offline.
+BADGE = base64.b64encode((ROOT / "tools" / "colab_badge.png").read_bytes()).decode()
 BOOTSTRAP = f"try:\n    import dlgm_tutorial\nexcept ImportError:\n    %pip install -q git+{URL}"
 
 
@@ -36,9 +39,10 @@ def pages():
     return sorted(ROOT.glob("book/[0-9][0-9]_*/[0-9][0-9]_*.md"))
 
 
-def colab_link(source):
+def colab_badge(source):
     notebook = source.relative_to(ROOT).with_suffix(".ipynb").as_posix()
-    return f"[Open in Colab]({URL.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main/{notebook})"
+    address = f"{URL.replace('https://github.com', 'https://colab.research.google.com/github')}/blob/main/{notebook}"
+    return f'[<img alt="Open in Colab" width="117" height="20" src="data:image/png;base64,{BADGE}">]({address})'
 
 
 def from_source(source):
@@ -47,7 +51,7 @@ def from_source(source):
     nb.metadata = nbformat.from_dict(METADATA)
     nb.nbformat, nb.nbformat_minor = 4, 5
     first = nb.cells[0]
-    first.source, found = re.subn(r"(?m)^# .*$", lambda m: f"{m.group()}\n\n{colab_link(source)}", first.source, count=1)
+    first.source, found = re.subn(r"(?m)^# .*$", lambda m: f"{m.group()}\n\n{colab_badge(source)}", first.source, count=1)
     if first.cell_type != "markdown" or not found:
         raise SystemExit(f"{source.relative_to(ROOT)}: the first cell must be text with a title")
     nb.cells.insert(1, nbformat.v4.new_code_cell(BOOTSTRAP, metadata={"tags": ["remove-cell", "passport"]}))
