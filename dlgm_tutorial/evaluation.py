@@ -65,31 +65,36 @@ def _draw(q, num, generator):
 
 
 @torch.no_grad()
-def log_likelihood_is(model, x, num_samples=1000, *, proposal=None, generator=None, chunk=None):
+def log_likelihood_is(model, x, num_samples=1000, *, proposal=None, noise=None, generator=None, chunk=None):
     """Estimate log p(x) by importance sampling, log mean_s p(x, z_s) / q(z_s), z_s from the proposal q.
 
     model: log_joint and, without a proposal, posterior; x: [B, D]; num_samples: S; proposal: maps x [B, D] to a
-    distribution over z (default model.posterior); generator: for reproducible draws; chunk: pairs in memory at once
-    (default 1,000 on the CPU, where larger arrays fall out of its cache, 100,000 on a GPU).
+    distribution over z (default model.posterior); noise: what the proposal's rsample takes, [S, B, K], else drawn, by
+    generator for reproducible draws; chunk: pairs in memory at once (default 1,000 on the CPU, where larger arrays fall
+    out of its cache, 100,000 on a GPU).
     Returns Estimate in float64, each [B]. A proposal should be wider than the posterior, never narrower.
     """
     _check_data(x)
+    if noise is not None and noise.shape[:2] != (num_samples, len(x)):
+        raise ValueError(f"noise must have shape [{num_samples}, {len(x)}, K], got {list(noise.shape)}")
     if chunk is None:
         chunk = 1_000 if x.device.type == "cpu" else 100_000
     _check_positive(num_samples=num_samples, chunk=chunk)
-    parts = []
+    parts, first = [], 0
     for rows in x.split(chunk):
         q = (proposal or model.posterior)(rows)
         log_sum = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=x.device)
         log_sum_of_squares, left = log_sum, num_samples
         while left:
-            num = min(left, max(1, chunk // len(rows)))
-            z = _draw(q, num, generator)
+            num, done = min(left, max(1, chunk // len(rows))), num_samples - left
+            z = _draw(q, num, generator) if noise is None else q.rsample(
+                (num,), noise=noise[done:done + num, first:first + len(rows)])
             log_w = (model.log_joint(rows, z) - q.log_prob(z)).double()
             log_sum = torch.logaddexp(log_sum, log_w.logsumexp(0))
             log_sum_of_squares = torch.logaddexp(log_sum_of_squares, (2 * log_w).logsumexp(0))
             left -= num
         parts.append(_estimate(log_sum, log_sum_of_squares, num_samples))
+        first += len(rows)
     return Estimate(*map(torch.cat, zip(*parts, strict=True)))
 
 

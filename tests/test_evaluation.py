@@ -116,22 +116,13 @@ def test_the_standard_error_is_the_spread_over_repetitions():
 
 @pytest.mark.parametrize("chunk", [1, 2, 11, 40, 1000])
 def test_chunks_do_not_change_the_estimate(chunk):
-    """The same weights cut differently: a proposal whose draws depend on the example alone."""
+    """The same noise, so the same weights, cut differently."""
     model = Linear()
-
-    class Fixed:
-        def __init__(self, x):
-            self.q, self.at = model.posterior(x, widen=2.0), 0
-        def rsample(self, sample_shape):
-            noise = torch.randn(13, 1, 2, generator=seeded(5), dtype=torch.float64)
-            self.at, start = self.at + sample_shape[0], self.at
-            return self.q.rsample(sample_shape, noise=noise[start:self.at].expand(-1, *self.q.batch_shape, -1))
-        def log_prob(self, z):
-            return self.q.log_prob(z)
-
-    got = log_likelihood_is(model, model.x, 13, proposal=Fixed, chunk=chunk)
-    q = Fixed(model.x)
-    z = q.rsample((13,))
+    wide = lambda x: model.posterior(x, widen=2.0)
+    noise = torch.randn(13, B, 2, generator=seeded(5), dtype=torch.float64)
+    got = log_likelihood_is(model, model.x, 13, proposal=wide, noise=noise, chunk=chunk)
+    q = wide(model.x)
+    z = q.loc + torch.einsum("bij,sbj->sbi", q.scale_tril, noise)
     log_w = (model.log_joint(model.x, z) - q.log_prob(z)).numpy()
     weights = np.exp(log_w)
     check_close(got.value, np.log(weights.mean(0)), 1e-12)
@@ -401,6 +392,7 @@ class NoNoise(Linear):
     (lambda: log_likelihood_is(MODEL, torch.zeros(0, D)), r"x must be a tensor \[B, D\] with at least one row, got \[0, 5\]"),
     (lambda: log_likelihood_is(MODEL, MODEL.x[0]), r"x must be a tensor \[B, D\]"),
     (lambda: log_likelihood_is(MODEL, MODEL.x, 0), "num_samples must be at least 1, got 0"),
+    (lambda: log_likelihood_is(MODEL, MODEL.x, 4, noise=torch.zeros(4, 2, 2)), r"noise must have shape \[4, 3, K\], got \[4, 2, 2\]"),
     (lambda: log_likelihood_ais(MODEL, MODEL.x, kernel="gibbs"), "kernel must be one of .*, got 'gibbs'"),
     (lambda: log_likelihood_ais(MODEL, MODEL.x, betas=[0, 0.5]), "betas must rise from 0 to 1"),
     (lambda: log_likelihood_ais(NoNoise(), MODEL.x), "num_latents must be given: model.noise_spec has no normal noise"),
