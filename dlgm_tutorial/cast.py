@@ -7,7 +7,8 @@
 
 The points are called easy, bent (a skewed posterior), torn (two modes) and stranger (far from the model). The model is
 z ~ N(0, I), x = decoder(z) + N(0, noise_var I). `line` shares the points of `wave`, and all its posteriors are normal;
-the bent point of `digits10` is bent only a little. `python -m dlgm_tutorial.reproduce 00 cast` makes the files again.
+with ten latents a posterior that leans has a second mode too, so the bent point of `digits10` has a small one.
+`python -m dlgm_tutorial.reproduce 00 cast` makes the files again.
 """
 
 import math
