@@ -24,7 +24,7 @@ import torch.distributed as dist
 from dlgm_tutorial import __version__
 
 __all__ = ["BINARIZATION", "EVALUATION", "LATENT", "ORDER", "History", "choose_device", "epoch_order", "fit",
-           "processes", "read_checkpoint", "step_noise", "stream", "write_atomically"]
+           "processes", "read_checkpoint", "scaled", "step_noise", "stream", "write_atomically"]
 
 # One stream for each use of chance. A number, once given, is never given to anything else.
 ORDER, LATENT, BINARIZATION, EVALUATION = 0, 1, 2, 3
@@ -142,6 +142,21 @@ def choose_device(device="auto"):
     except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device must be 'auto' or a device of this machine such as 'cpu', got {device!r}") from error
     return device
+
+
+def scaled(default, gpu):
+    """Choose a size of a page, such as its training steps: `default`, or `gpu` where DLGM_SCALE is set to gpu.
+
+    Pages are sized for two cores of a CPU; the environment variable asks for what a GPU does in some minutes.
+    Raises ValueError for another value of the variable than cpu or gpu.
+
+    >>> scaled(800, 20_000)
+    800
+    """
+    scale = os.environ.get("DLGM_SCALE", "cpu")
+    if scale not in ("cpu", "gpu"):
+        raise ValueError(f"the environment variable DLGM_SCALE must be cpu or gpu, got {scale!r}")
+    return gpu if scale == "gpu" else default
 
 
 @contextlib.contextmanager

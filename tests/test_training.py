@@ -529,6 +529,16 @@ def test_cuda_run_agrees_with_the_cpu(tmp_path):
     assert (parameters_of(models[0]) - parameters_of(models[1]).cpu()).abs().max() < 1e-10
 
 
+def test_scale_of_the_pages_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("DLGM_SCALE", raising=False)
+    assert training.scaled(800, 20_000) == 800
+    monkeypatch.setenv("DLGM_SCALE", "gpu")
+    assert training.scaled(800, 20_000) == 20_000
+    monkeypatch.setenv("DLGM_SCALE", "huge")
+    with pytest.raises(ValueError, match="the environment variable DLGM_SCALE must be cpu or gpu, got 'huge'"):
+        training.scaled(800, 20_000)
+
+
 def test_choose_device_takes_a_name_or_finds_one():
     assert training.choose_device("cpu").type == "cpu"
     assert training.choose_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
