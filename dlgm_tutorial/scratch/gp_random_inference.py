@@ -102,3 +102,96 @@ def linear_gaps(f, g, x, A, a, noise_var):
         np.sum((delta @ Lam) * delta, 1) + np.sum(v - 1 - np.log(v), 1)
     )
     return log_px, approximation, amortisation
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 2b5e384d
+import autograd.numpy as np
+from autograd import grad
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 07993bc2
+def refine(slope, start, rate, num_steps):
+    """The path [T + 1] under eq-gp-svi; slope(lam, t): the gradient of the bound."""
+    path = [start]
+    for t in range(num_steps):
+        path.append(path[-1] + rate * slope(path[-1], t))
+    return path
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 4db209cc
+def bowl_slope(lam, x, noise_var=0.25):
+    """Gradient [2, B] of the bowl's bound in lambda = (f, g) [2, B], eq-gp-stationary."""
+    f, v = lam[0], np.exp(lam[1])
+    first = (x[:, 0] - f + x[:, 1] * f - 0.5 * (f ** 3 + 3 * f * v)) / noise_var - f
+    second = (-1 + x[:, 1] - 1.5 * (f ** 2 + v)) / noise_var - 1
+    return np.stack([first, 0.5 * (1 + v * second)])
+
+
+def bowl_hessian_product(lam, a, x, noise_var=0.25):
+    """The bound's Hessian in lambda times a [2, B], datum by datum, eq-gp-curvature."""
+    f, v = lam[0], np.exp(lam[1])
+    second = (-1 + x[:, 1] - 1.5 * (f ** 2 + v)) / noise_var - 1
+    third, fourth = -3 * f / noise_var, -3 / noise_var
+    mixed = 0.5 * v * third
+    corner = 0.5 * v * second + 0.25 * v ** 2 * fourth
+    return np.stack([second * a[0] + mixed * a[1], mixed * a[0] + corner * a[1]])
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 1bd6ece9
+def semi_amortized_adjoint(path, slope_at_end, products, rate):
+    """(a_0, sum over the steps for theta) of eq-gp-adjoint.
+
+    products(lam, a, t) -> (Hessian in lambda times a, mixed one in theta times a).
+    """
+    a, theta_bar = slope_at_end, 0.0
+    for t in reversed(range(len(path) - 1)):
+        in_lam, in_theta = products(path[t], a, t)
+        a, theta_bar = a + rate * in_lam, theta_bar + rate * in_theta
+    return a, theta_bar
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 72a8384e
+def drawn_elbo(lam, theta, x, noise, noise_var=0.3):
+    """One-draw bound, summed: lam [2, B, K], theta [(W, b), (W, b)], noise [B, K]."""
+    f, g = lam[0], lam[1]
+    z = f + np.exp(0.5 * g) * noise
+    (W1, b1), (W2, b2) = theta
+    error = x - np.tanh(z @ W1.T + b1) @ W2.T - b2
+    log_lik = -0.5 * np.sum(error ** 2 / noise_var + np.log(2 * np.pi * noise_var))
+    return log_lik - 0.5 * np.sum(f ** 2 + np.exp(g) - 1 - g)
+
+
+def elbo_products(elbo):
+    """Derivatives of a . grad_lambda elbo in lambda and in theta: two functions."""
+    inner = lambda lam, theta, a, *rest: np.sum(a * grad(elbo)(lam, theta, *rest))
+    return grad(inner, 0), grad(inner, 1)
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell e40dafe5
+def refine_with_momentum(slope, start, rate, num_steps, momentum):
+    """The path of lambda with heavy-ball momentum, eq-gp-momentum."""
+    path, velocity = [start], 0.0 * start
+    for t in range(num_steps):
+        velocity = momentum * velocity + slope(path[-1], t)
+        path.append(path[-1] + rate * velocity)
+    return path
+
+
+def momentum_adjoint(path, slope_at_end, products, rate, momentum):
+    """As `semi_amortized_adjoint`, for steps with momentum."""
+    a, alpha, theta_bar = slope_at_end, 0.0, 0.0
+    for t in reversed(range(len(path) - 1)):
+        alpha = alpha + rate * a
+        in_lam, in_theta = products(path[t], alpha, t)
+        a, theta_bar = a + in_lam, theta_bar + in_theta
+        alpha = momentum * alpha
+    return a, theta_bar
+
+
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 261690c8
+def laplace_step(loc, x, decode, jacobian, noise_var):
+    """One full step of eq-gp-laplace: (new mean [K], precision [K, K])."""
+    J = jacobian(loc)
+    precision = np.eye(len(loc)) + J.T @ J / noise_var
+    return np.linalg.solve(precision,
+                           J.T @ (x - decode(loc) + J @ loc) / noise_var), precision
