@@ -118,9 +118,9 @@ def refine(slope, start, rate, num_steps):
     return path
 
 
-# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 4db209cc
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 323a24d2
 def bowl_slope(lam, x, noise_var=0.25):
-    """Gradient [2, B] of the bowl's bound in lambda = (f, g) [2, B], eq-gp-stationary."""
+    """Gradient [2, B] of the bowl's bound in lam = (f, g), [2, B]; eq-gp-stationary."""
     f, v = lam[0], np.exp(lam[1])
     first = (x[:, 0] - f + x[:, 1] * f - 0.5 * (f ** 3 + 3 * f * v)) / noise_var - f
     second = (-1 + x[:, 1] - 1.5 * (f ** 2 + v)) / noise_var - 1
