@@ -68,17 +68,20 @@ def per_instance_optimum(elbo, x, loc, log_var, num_steps=60):
     return loc, log_var
 
 
-# --- book/04_gp_random_inference/01_two_gaps.ipynb, cell 929116de
+# --- book/04_gp_random_inference/01_two_gaps.ipynb, cell 3c47426f
+def best_gaussian(x, loc, log_var):
+    """The best of the optima found from three starts, (loc, log_var) [2, B], for the bowl."""
+    zero = np.zeros(len(x))
+    starts = [(loc, log_var), (zero, zero), (x[:, 0], zero - 1.0)]
+    found = [per_instance_optimum(bowl_elbo, x, *start) for start in starts]
+    winner = np.argmax(np.stack([bowl_elbo(*one, x) for one in found]), axis=0)
+    return np.stack(found)[winner, :, np.arange(len(x))].T
+
+
 def gaps_1d(x, loc, log_var):
     """(log p(x), approximation gap, amortisation gap), [B] each, for the bowl."""
     log_px = evidence_on_grid(x)[0]
-    starts = [
-        (loc, log_var),
-        (np.zeros(len(x)), np.zeros(len(x))),
-        (x[:, 0], -1 + 0 * loc),
-    ]
-    found = [per_instance_optimum(bowl_elbo, x, *start) for start in starts]
-    best = np.max(np.stack([bowl_elbo(*start, x) for start in found]), axis=0)
+    best = bowl_elbo(*best_gaussian(x, loc, log_var), x)
     return log_px, log_px - best, best - bowl_elbo(loc, log_var, x)
 
 
@@ -195,3 +198,95 @@ def laplace_step(loc, x, decode, jacobian, noise_var):
     precision = np.eye(len(loc)) + J.T @ J / noise_var
     return np.linalg.solve(precision,
                            J.T @ (x - decode(loc) + J @ loc) / noise_var), precision
+
+
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell d8eec26d
+import autograd.numpy as np
+from scipy.linalg import cho_solve, solve_triangular
+from scipy.optimize import minimize
+
+
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell 40949abe
+def bowl_data(num, rng):
+    """Draw num data [num, 2] from the bowl."""
+    z = rng.normal(size=num)
+    return np.stack([z, 0.5 * z ** 2], 1) + 0.5 * rng.normal(size=(num, 2))
+
+
+def affine_encoder(p, x):
+    """(b, c) [2, B] at x [B, 2]: affine in x, from six numbers p."""
+    return np.stack([p[0] + x @ p[1:3], p[3] + x @ p[4:6]])
+
+
+def fit_affine_encoder(x):
+    """The six numbers that maximise the exact bound of the bowl, by `bowl_slope`."""
+    columns = np.column_stack([np.ones(len(x)), x])
+
+    def loss(p):
+        lam = affine_encoder(p, x)
+        slope = bowl_slope(lam, x) @ columns / len(x)
+        return -np.mean(bowl_elbo(lam[0], lam[1], x)), -slope.ravel()
+
+    start = np.array([0.0, 0.6, 0.3, -1.2, 0.0, 0.0])
+    return minimize(loss, start, jac=True, method="BFGS").x
+
+
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell af8e15a4
+def rbf(a, b, scale=1.0, length=1.0):
+    """The kernel scale^2 exp(-|a - b|^2 / (2 length^2)), [N, M]."""
+    squares = np.sum((a[:, None] - b[None]) ** 2, axis=2)
+    return scale ** 2 * np.exp(-0.5 * squares / length ** 2)
+
+
+def gp_function_space(x, y, noise_var, x_new, kernel):
+    """(mean, variance [M], log evidence) from y [N], x [N, D]; eq-gp-function-space."""
+    L = np.linalg.cholesky(kernel(x, x) + np.diag(noise_var))
+    half = solve_triangular(L, kernel(x, x_new), lower=True)              # [N, M]
+    white = solve_triangular(L, y, lower=True)
+    prior = np.array([kernel(row[None], row[None])[0, 0] for row in x_new])
+    log_det = 2 * np.sum(np.log(np.diag(L)))
+    log_evidence = -0.5 * (white @ white + log_det + len(y) * np.log(2 * np.pi))
+    return half.T @ white, prior - np.sum(half ** 2, 0), log_evidence
+
+
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell 29e0f005
+def gp_weight_space(F, y, noise_var, prior_var=1.0):
+    """(m [M], V [M, M], log evidence) from y [N] and F [N, M]; eq-gp-weight-space."""
+    N, M = F.shape
+    weighted = F.T / noise_var
+    L = np.linalg.cholesky(weighted @ F + np.eye(M) / prior_var)
+    V = cho_solve((L, True), np.eye(M))
+    m = cho_solve((L, True), weighted @ y)
+    squares = np.sum((y - F @ m) ** 2 / noise_var) + m @ m / prior_var
+    log_det = 2 * np.sum(np.log(np.diag(L))) + M * np.log(prior_var)
+    return m, V, -0.5 * (squares + log_det + np.sum(np.log(2 * np.pi * noise_var)))
+
+
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell 98c33035
+def targets(x, p):
+    """(f*, g*, noise of f*, noise of g*), [N] each, for the bowl; eq-gp-targets."""
+    f, g = best_gaussian(x, *affine_encoder(p, x))
+    v = np.exp(g)
+    return f, g, v, 1 / (0.5 + 3 * v ** 2)
+
+
+def exact_gp_encoder(x, p, x_new, kernel):
+    """(mean_f, mean_g, var_f, var_g) at x_new: processes around the affine encoder."""
+    f, g, noise_f, noise_g = targets(x, p)
+    (b, c), (b_new, c_new) = affine_encoder(p, x), affine_encoder(p, x_new)
+    mean_f, var_f, _ = gp_function_space(x, f - b, noise_f, x_new, kernel)
+    mean_g, var_g, _ = gp_function_space(x, g - c, noise_g, x_new, kernel)
+    return b_new + mean_f, c_new + mean_g, var_f, var_g
+
+
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell 932b9ad5
+def tanh_features(x, num_features=20, seed=0):
+    """psi(x) [N, M]: fixed random tanh units, scaled so that |psi| is of order one."""
+    rng = np.random.default_rng(seed)
+    P, c0 = rng.normal(size=(num_features, x.shape[1])), rng.normal(size=num_features)
+    return 3 * np.tanh(x @ P.T + c0) / np.sqrt(num_features)
+
+
+def feature_kernel(a, b):
+    """The kernel of `tanh_features` with unit prior variance."""
+    return tanh_features(a) @ tanh_features(b).T
