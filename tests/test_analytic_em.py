@@ -10,6 +10,7 @@ from scipy import special
 from torch import nn
 
 from dlgm_tutorial import _normal_integrals as integrals
+from dlgm_tutorial import _region_posterior
 from dlgm_tutorial.analytic_em import (
     ExactPosterior,
     collect_statistics,
@@ -397,6 +398,36 @@ def test_tails_of_two_latents_agree_with_one_latent():
         one, two = exact_posterior(R1, x, noise, slope=0.1), exact_posterior(ignored, x, noise, slope=0.1)
         check_close(two.mean[:, 0], one.mean[:, 0], 1e-8)
         check_close(two.covariance[:, 1, 1], np.ones(4), 1e-7)
+
+
+def test_polygons_left_out_change_nothing():
+    """The E-step skips pairs that a bound rules out; here every pair is integrated, near data and far ones."""
+    layers = random_network(5, [2, 6, 5, 3])
+    x = torch.cat([torch.randn(4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+                   T([[4.0, -6.0, 3.0]])])
+    net = _region_posterior._read(layers, 0.1)
+    cells, _, codes = _region_posterior._cut(net, 1000, 600.0)  # as far as the last datum asks for
+    for noise_var in (0.5, 0.003):
+        problem = _region_posterior._reduce(net, x, T(noise_var))
+        pieces = _region_posterior._pieces(net, problem, cells, codes)
+        r = problem.y[:, None] - pieces.b
+        precision = torch.eye(2).double() + pieces.A.transpose(1, 2) @ pieces.A
+        mean = torch.einsum("rkl,rdl,nrd->nrk", torch.linalg.inv(precision), pieces.A, r)
+        log_kappa = -0.5 * ((r - torch.einsum("rdk,nrk->nrd", pieces.A, mean)) ** 2).sum(-1)
+        log_kappa = log_kappa - 0.5 * (mean**2).sum(-1) - 0.5 * torch.logdet(precision)
+        shifted = (cells[None] - mean[:, :, None]) @ pieces.C
+        flat = shifted.reshape(-1, *cells.shape[1:])
+        whole = cells.expand(len(x), *cells.shape).reshape(flat.shape)
+        inside = integrals.polygon_distance(cells, pieces.C, torch.einsum("nrl,rlk->nrk", mean, pieces.C)) == 0
+        scale, zero, *_ = integrals.polygon_tail(flat, whole)
+        near = integrals.polygon(flat, torch.eye(2).double(), torch.zeros(len(flat), 2).double())[0]
+        log_mass = torch.where(inside.reshape(-1), torch.log(near), scale + torch.log(zero)).reshape(inside.shape)
+        want = torch.logsumexp(log_kappa + log_mass, 1) + problem.constant
+        log_px, e0, _, _ = e_step(layers, x, noise_var, slope=0.1)
+        torch.testing.assert_close(log_px, want, atol=1e-9, rtol=1e-11)
+        torch.testing.assert_close(e0, torch.exp(log_kappa + log_mass + (problem.constant - want)[:, None]),
+                                   atol=1e-9, rtol=0)
+        assert int((e0 == 0).sum()) > 0  # some pairs were left out, so the test says something
 
 
 def test_score_identity():

@@ -1,6 +1,8 @@
 """Chapter 5: exact learning against a VAE on toys and images; anomalies, imputation, choice of size, Gaussian gaps."""
 
 import math
+import sys
+import time
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from dlgm_tutorial.analytic_em import (
     num_parameters,
     partition,
 )
-from dlgm_tutorial.exact_inference import fit_ppca
+from dlgm_tutorial.exact_inference import fit_factor_analysis, fit_ppca
 from dlgm_tutorial.networks import initialise, mlp
 from dlgm_tutorial.reproduce import experiment
 
@@ -154,58 +156,120 @@ def digit_of(data, digit, num=None):
     return data.x[data.y == digit][:num].double()
 
 
-def judge(decoder, noise_var, x, test, other):
-    """Exact NLL, anomaly detection of another class, and the lower half imputed from the upper."""
-    upper = torch.arange(x.shape[1]) < x.shape[1] // 2
-    scores = [-exact_log_likelihood(decoder, part, noise_var).detach().numpy() for part in (test, other)]
-    filled = impute(decoder, test, noise_var, upper)
-    known = exact_log_likelihood(decoder, test, noise_var, observed=upper).detach()
-    conditional = float((known - exact_log_likelihood(decoder, test, noise_var).detach()).mean())
+def upper_half(x):
+    """Mask [D] of the upper half of an image: what imputation is given."""
+    return torch.arange(x.shape[1]) < x.shape[1] // 2
+
+
+def scores(log_likelihood, filled, x, test, other):
+    """Train and test NLL, detection of outsiders, and the lower half given the upper: one judge for every model.
+
+    log_likelihood(x, observed=None) -> [B], exact; filled [B, D]: test with the lower half imputed.
+    """
+    upper = upper_half(x)
+    inside, outside = (-log_likelihood(part).detach().numpy() for part in (test, other))
+    conditional = log_likelihood(test, observed=upper).detach().numpy() + inside
     return {
-        "train": nll(decoder, x, noise_var),
-        "test": float(scores[0].mean()),
-        "auroc": auroc(*scores),
-        "auprc": auprc(*scores),
+        "train": -float(log_likelihood(x).detach().mean()),
+        "test": float(inside.mean()),
+        "auroc": auroc(inside, outside),
+        "auprc": auprc(inside, outside),
         "imputation_mse": float(((filled - test)[:, ~upper] ** 2).mean()),
-        "conditional_nll": conditional,
-        "noise_var": float(torch.as_tensor(noise_var).mean()),
+        "conditional_nll": float(conditional.mean()),
         "bound_gap": None,
     }
 
 
-def images(run, sizes, gem, gradient, vae_steps, vaes):
-    """One digit (4) of MNIST, 1,000 images: all methods on one architecture; 9 is the class held out."""
+def judge(decoder, noise_var, x, test, other):
+    """The scores of a decoder with bends, by its regions."""
+    log_likelihood = lambda data, observed=None: exact_log_likelihood(decoder, data, noise_var, observed=observed)
+    filled = impute(decoder, test, noise_var, upper_half(x))
+    found = scores(log_likelihood, filled, x, test, other)
+    return {**found, "noise_var": float(torch.as_tensor(noise_var).mean())}
+
+
+def judge_linear(model, x, test, other):
+    """The scores of a LinearGaussian, with any number of latents."""
+    log_likelihood = lambda data, observed=None: model.log_likelihood(data, observed=observed).value
+    found = scores(log_likelihood, model.impute(test, upper_half(x))[0].detach(), x, test, other)
+    return {**found, "noise_var": float(model.noise_var.detach().mean())}
+
+
+def image_sets(run, digit, num_train, num_test, num_other):
+    """(x, test, other): one digit (4), the 9 held out; or all ten digits, and Fashion-MNIST as the outsiders."""
     train, test = (run.load("mnist", split) for split in ("train", "test"))
-    x, inside, outside = digit_of(train, 4, 1000), digit_of(test, 4), digit_of(test, 9)
-    methods, K = {}, sizes[0]
-    model = fit_ppca(x, K).model
-    affine = [(model.weight.detach(), model.bias.detach())]
-    methods["probabilistic PCA"] = judge(affine, model.noise_var.detach().reshape(-1)[0], x, inside, outside)
-    for name, settings in {
-        "generalised EM, line search": {"method": "gem", "num_iterations": gem},
-        "exact gradient, L-BFGS": {"method": "gradient", "num_iterations": gradient},
-    }.items():
-        found = fit_em(decoder_for(sizes, run.seed), x, noise_var=0.1, **settings)
-        methods[name] = judge(found.decoder, found.noise_var, x, inside, outside)
-    for name, settings in vaes.items():
+    if digit is not None:
+        return digit_of(train, digit, num_train), digit_of(test, digit, num_test), digit_of(test, 9, num_other)
+    other = run.load("fashion_mnist", "test").x
+    return train.x[:num_train].double(), test.x[:num_test].double(), other[:num_other].double()
+
+
+PIXEL_FLOOR = 0.01  # least noise variance of a pixel, where each has its own: many never change
+
+
+def images(run, sizes, gem, gradient, *, digit=4, num_train=1000, num_test=None, num_other=None):
+    """All methods on one architecture, judged alike; below them linear models, and all with a variance a pixel."""
+    x, test, other = image_sets(run, digit, num_train, num_test, num_other)
+    K, methods, seconds = sizes[0], {}, {}
+
+    def record(name, make):
+        start = time.perf_counter()
+        methods[name] = make()
+        seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{run.file} seed {run.seed}: {name}, test NLL {methods[name]['test']:.2f}", file=sys.stderr, flush=True)
+
+    def learnt(start, noise_var, **settings):
+        found = fit_em(start, x, noise_var=noise_var, **settings)
+        fitted.append(found)
+        return judge(found.decoder, found.noise_var, x, test, other)
+
+    def vae(settings):
         decoder, noise_var, elbo = fit_vae(
-            decoder_for(sizes, run.seed), x, num_steps=vae_steps, seed=run.seed, **settings
+            decoder_for(sizes, run.seed), x, num_steps=run.steps, seed=run.seed, **settings
         )
-        methods[name] = judge(decoder, noise_var, x, inside, outside)
-        methods[name]["bound_gap"] = -elbo - methods[name]["train"]
+        found = judge(decoder, noise_var, x, test, other)
+        return {**found, "bound_gap": -elbo - found["train"]}
+
+    fitted, start = [], lambda: decoder_for(sizes, run.seed)
+    record("generalised EM, line search", lambda: learnt(start(), 0.1, num_iterations=gem))
+    record(
+        "generalised EM, then L-BFGS",
+        lambda: learnt(fitted[0].decoder, fitted[0].noise_var, method="gradient", num_iterations=gradient),
+    )
+    best = fitted[1]
+    record("exact gradient, L-BFGS", lambda: learnt(start(), 0.1, method="gradient", num_iterations=gradient))
+    for name, settings in IMAGE_VAES.items():
+        record(name, lambda settings=settings: vae(settings))
+    for latents in (K, 10):
+        linear = fit_ppca(x, latents).model
+        record(f"probabilistic PCA, K = {latents}", lambda m=linear: judge_linear(m, x, test, other))
+    floor = PIXEL_FLOOR / float(x.var(0, correction=0).mean())
+    first = torch.full((x.shape[1],), 0.1, dtype=x.dtype)
+    record(
+        "a variance a pixel: generalised EM",
+        lambda: learnt(start(), first, num_iterations=gem, noise="diagonal", noise_floor=floor),
+    )
+    for latents in (K, 10):
+        record(
+            f"a variance a pixel: factor analysis, K = {latents}",
+            lambda k=latents: judge_linear(
+                fit_factor_analysis(x, k, min_noise_var=PIXEL_FLOOR, num_steps=200, tol=1e-3).model, x, test, other
+            ),
+        )
     return {
         "methods": methods,
+        "seconds": seconds,
         "num_data": len(x),
-        "num_test": len(inside),
-        "num_outside": len(outside),
+        "num_test": len(test),
+        "num_outside": len(other),
         "decoder": "-".join(map(str, sizes)),
-        "parameters": num_parameters(decoder_for(sizes, 0)),
+        "parameters": num_parameters(start()),
         "gem_iterations": gem,
         "gradient_iterations": gradient,
-        "vae_updates": vae_steps,
-        "regions": partition(found.decoder).num_regions,
-    }, {f"p{i}": p.detach().float().numpy() for i, p in enumerate(found.decoder.parameters())} | {
-        "noise_var": found.noise_var.numpy()
+        "vae_updates": run.steps,
+        "regions": partition(best.decoder).num_regions,
+    }, {f"p{i}": p.detach().float().numpy() for i, p in enumerate(best.decoder.parameters())} | {
+        "noise_var": best.noise_var.numpy()
     }
 
 
@@ -214,18 +278,35 @@ IMAGE_VAES = {
     "VAE, first noise 0.1": {"noise_var": 0.1, "lr": 1e-3},
     "VAE, first noise 0.1, rate 0.005": {"noise_var": 0.1, "lr": 5e-3},
 }
+GEM, GRADIENT = 30, 100  # iterations
+SIZES = {1: [1, 16, 16, 784], 2: [2, 8, 8, 784]}
 
 
-@experiment("05", "mnist-one-latent", paper=PAPER, hours=0.5, steps=3000, rows=spread_rows)
+@experiment("05", "mnist-one-latent", paper=PAPER, hours=0.3, steps=6000, rows=spread_rows)
 def mnist_one_latent(run):
     """1,000 images of the digit 4, decoder 1-16-16-784: likelihood, anomalies, imputation."""
-    return images(run, [1, 16, 16, 784], 20, 120, run.steps, IMAGE_VAES)
+    return images(run, SIZES[1], GEM, GRADIENT)
 
 
-@experiment("05", "mnist-two-latents", paper=PAPER, hours=0.5, steps=3000, rows=spread_rows)
+@experiment("05", "mnist-two-latents", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
 def mnist_two_latents(run):
     """1,000 images of the digit 4, decoder 2-8-8-784: likelihood, anomalies, imputation."""
-    return images(run, [2, 8, 8, 784], 6, 40, run.steps, IMAGE_VAES)
+    return images(run, SIZES[2], GEM, GRADIENT)
+
+
+ALL_DIGITS = {"digit": None, "num_train": 2000, "num_test": 1000, "num_other": 1000}
+
+
+@experiment("05", "mnist-all-one-latent", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
+def mnist_all_one_latent(run):
+    """2,000 images of all digits, decoder 1-16-16-784; Fashion-MNIST as the outsiders."""
+    return images(run, SIZES[1], 20, 40, **ALL_DIGITS)
+
+
+@experiment("05", "mnist-all-two-latents", paper=PAPER, hours=1.0, steps=6000, rows=spread_rows)
+def mnist_all_two_latents(run):
+    """2,000 images of all digits, decoder 2-8-8-784; Fashion-MNIST as the outsiders."""
+    return images(run, SIZES[2], 20, 40, **ALL_DIGITS)
 
 
 def choice_rows(runs):
