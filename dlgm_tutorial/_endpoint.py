@@ -91,7 +91,8 @@ def law_of_endpoint(weight, bias, noise_var, x, step_size, num_steps, *, stochas
     """Compute the law of the end point of `short_run` for x = weight z + bias + noise, z ~ N(0, I) -> EndpointLaw.
 
     With Lambda = I + weight^T weight / noise_var and A = I - h Lambda, h = s^2 / 2, the chain is linear: mean
-    (I - A^T) mu and covariance A^2T + s^2 sum_j A^2j after T steps, by the eigenvalues of S Lambda S, S = diag(s).
+    (I - A^T) mu and covariance A^2T + s^2 sum_j A^2j after T steps (eq-sr-linear-law, eq-sr-linear-kl), by the
+    eigenvalues of S Lambda S, S = diag(s).
     weight [D, K], bias [D], noise_var a number or [D], x [B, D]; step_size: s, a number or [K]; num_steps: T (0 is the
     prior); stochastic: False leaves the injected noise out; observed: bool [D], the entries of x that count.
     Raises ValueError for shapes that do not fit. Source: brief derivation, exact for every T and s.
@@ -158,7 +159,8 @@ def propagate_on_grid(log_density, step_size, num_steps, *, low=-9.0, high=9.0, 
                       dtype=torch.float64, device=None):
     """Propagate the prior through num_steps noisy Langevin steps on a grid, for one latent -> GridLaw.
 
-    q'(z') = integral of N(z'; z + s^2/2 score(z), s^2) q(z) dz by the trapezoidal rule, a product with an N x N matrix
+    eq-sr-law: q'(z') = integral of N(z'; z + s^2/2 score(z), s^2) q(z) dz, by the trapezoidal rule, a product with
+    an N x N matrix
     for each datum and step: exact to rounding where the grid's spacing is well below s and the box from low to high
     holds everything. log_density: maps z [N, B or 1, 1] to [N, B]; step_size: a number s; num_points: N;
     dtype, device: of the grid. Raises ValueError for a grid coarser than s. It is O(N^2) a datum and step.
@@ -231,7 +233,8 @@ def _jacobian_terms(log_density, z, s, noise):
 def jacobian_bound(log_density, z0, step_size, num_steps, *, stochastic=True, noise=None, generator=None):
     """Bound log p(x) from below by the change of variables z_0 -> z_T at fixed noise -> JacobianBound.
 
-    E[log p(x, z_T) + sum_k log |det(I + h H(z_k))| - log p(z_0)], H the Hessian of log_density: the paper's objective
+    eq-sr-jacobian: E[log p(x, z_T) + sum_k log |det(I + h H(z_k))| - log p(z_0)], H the Hessian of log_density: the
+    paper's objective
     for the step size. Without noise it is the ELBO of the end point; with noise it lies below that ELBO by the mutual
     information of end point and noise, which grows as the chain mixes. Where a step folds the space the formula is no
     bound. log_density: as above; z0 [S, B, K]: draws from N(0, I); step_size, num_steps, stochastic, noise
@@ -294,7 +297,8 @@ def semi_implicit_bounds(log_density, z0, step_size, num_steps, *, noise=None, g
 def largest_curvature(log_density, z, *, num_iterations=30, generator=None):
     """Find the largest eigenvalue of minus the Hessian of log_density at z [..., B, K], by power iteration: [..., B].
 
-    Langevin steps are stable where s < 2 / sqrt(lambda), one-to-one where s < sqrt(2 / lambda). log_density: as above;
+    Langevin steps are stable where s < 2 / sqrt(lambda) (eq-sr-stable), one-to-one where s < sqrt(2 / lambda).
+    log_density: as above;
     num_iterations: products with the Hessian; generator: of the start. The eigenvalue of largest modulus is what power
     iteration finds: with a unit prior that is a positive one wherever curvature matters.
     """
@@ -350,7 +354,8 @@ def tune_step_size(model, x, *, num_steps=20, objective="jacobian", method="grid
 
     model: log_joint(x, z) -> [S, B] and num_latents; num_steps: T. objective: "jacobian" (the paper's,
     `jacobian_bound`: above the KL by the mutual information with the noise), "semi_implicit" (the side of
-    `semi_implicit_bounds` on which the KL comes out too high), or "exact" (a linear decoder, or one latent on a grid). method: "grid" tries every number of grid
+    `semi_implicit_bounds` on which the KL comes out too high), or "exact" (a linear decoder, or one latent on a grid).
+    method: "grid" tries every number of grid
     (default 25 from 0.01 to 1, evenly in the logarithm) with the same draws; "gradient" follows the derivative in
     log s from start, a number or [K], by Adam (num_iterations of rate lr), in forward mode through the chain, and
     keeps the best. num_chains: S a datum; z0 [S, B, K] and noise [T, S, B, K], or generator: common draws for all

@@ -271,7 +271,8 @@ class MultiLayerGenerator(nn.Module):
         return likelihood + prior.reshape(lead)
 
     def score(self, x, z, *, coordinates="noise", observed=None):
-        """Gradient of log p(x, z) in z, which is that of log p(z | x): [S, B, K], from one pass through the decoder.
+        """Gradient of log p(x, z) in z, which is that of log p(z | x) (eq-sr-score): [S, B, K], from one pass
+        through the decoder.
 
         Rows are independent, so the sum over all chains is differentiated; nothing mixes them (no batch
         normalisation). Weights get no gradient. Arguments as in `log_joint`, z flat.

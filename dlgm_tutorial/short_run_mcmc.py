@@ -90,7 +90,7 @@ def short_run(score, z0, step_size, num_steps, *, stochastic=True, noise=None, g
     score: maps [..., K] to [..., K], the gradient of log p(x, z) in z; z0 [..., K], usually draws from the prior;
     step_size: s, a number or [K]; noise [T, ..., K]: the injected standard normals, drawn from generator where absent;
     stochastic: False leaves them out (the paper's first version). z0 is not changed, and no graph is kept unless score
-    keeps one. Source: paper, section 3; convention of the released program, drift s^2/2 and noise s.
+    keeps one (eq-sr-langevin). Source: paper, section 3; convention of the released program, drift s^2/2 and noise s.
     Raises ValueError for num_steps < 1, a step size that is not positive and finite, or shapes that do not fit;
     FloatingPointError, with the step at which it happened, where a chain is no longer finite or leaves the box
     |z_i| <= limit.
@@ -376,7 +376,8 @@ class ShortRunModel(_AroundGenerator):
 def short_run_loss(model, batch, noise=None):
     """Minus log p(x, z_T), averaged over the chains' end points, which are held fixed: the loss [B] for `training.fit`.
 
-    Its gradient is the short-run estimate of that of -log p(x) (Fisher's identity holds where z_T is a posterior
+    Its gradient is the short-run estimate of that of -log p(x) (Fisher's identity, eq-sr-fisher, holds where z_T is
+    a posterior
     sample). batch: x [B, D], or (x, rows [B]) for persistent chains, whose stored points move; noise: as
     `model.noise_spec` says. An encoder's negative ELBO is added with value 0 and its own gradient. Source: paper,
     algorithm 1.
