@@ -290,3 +290,101 @@ def tanh_features(x, num_features=20, seed=0):
 def feature_kernel(a, b):
     """The kernel of `tanh_features` with unit prior variance."""
     return tanh_features(a) @ tanh_features(b).T
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell dfc5af71
+import autograd.numpy as np
+from autograd.scipy.special import logsumexp
+from scipy.special import roots_hermitenorm
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell 2651d1ad
+def random_functions(b, c, psi, mean_w, tril_w, mean_u, tril_u):
+    """(mean_f, mean_g, var_f, var_g), [N, K] each, eq-gp-random-encoder.
+
+    b, c [N, K], psi [N, M]; means [K, M]; tril [K, M, M] with covariance tril tril^T.
+    """
+    spread = lambda tril: np.sum(np.einsum("nm,kmj->nkj", psi, tril) ** 2, axis=2)
+    return b + psi @ mean_w.T, c + psi @ mean_u.T, spread(tril_w), spread(tril_u)
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell ddda2359
+def weight_kl(mean, tril, prior_var=1.0):
+    """KL of K normals (means, factors) from N(0, prior_var I), eq-gp-weight-kl."""
+    log_det = 2 * np.sum(np.log(np.abs(np.diagonal(tril, axis1=-1, axis2=-2))))
+    squares = np.sum(tril ** 2) + np.sum(mean ** 2)
+    return 0.5 * (squares / prior_var + mean.size * (np.log(prior_var) - 1) - log_det)
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell d1f8b811
+def average_kl(mean_f, mean_g, var_f, var_g):
+    """Divergence from the prior averaged over encoders, [N], eq-gp-average-kl."""
+    return 0.5 * np.sum(mean_f ** 2 + var_f + np.exp(mean_g + 0.5 * var_g) - 1 - mean_g,
+                        1)
+
+
+def bowl_average_bound(mean_f, mean_g, var_f, var_g, x, noise_var=0.25):
+    """J_n [N] of eq-gp-average-bound for the bowl; one latent, arguments [N]."""
+    lognormal = np.exp(mean_g + 0.5 * var_g)
+    tau = var_f + lognormal
+    tau_squared = var_f ** 2 + 2 * var_f * lognormal + np.exp(2 * mean_g + 2 * var_g)
+    second = mean_f ** 2 + tau
+    fourth = mean_f ** 4 + 6 * mean_f ** 2 * tau + 3 * tau_squared
+    error = ((x[:, 0] - mean_f) ** 2 + tau
+             + x[:, 1] ** 2 - x[:, 1] * second + 0.25 * fourth)
+    log_lik = -0.5 * error / noise_var - np.log(2 * np.pi * noise_var)
+    return log_lik - 0.5 * (second - 1 - mean_g)
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell 0a4cc769
+def natural_step(average, state, b, c, psi, x, rate, prior_var=1.0, beta=1.0):
+    """A damped sweep of eq-gp-fixed-point, one latent; state: (m, V) of w and of u."""
+    (m_w, V_w), (m_u, V_u) = state
+    quadratic = lambda V: np.sum((psi @ V) * psi, 1)
+    at = (b + psi @ m_w, c + psi @ m_u, quadratic(V_w), quadratic(V_u))
+    new = []
+    for i, (m, V) in enumerate(state):
+        curvature = np.maximum(-2 * egrad(average, 2 + i)(*at, x), 0.0)
+        slope = egrad(average, i)(*at, x)
+        target = np.eye(len(m)) / prior_var + (psi.T * curvature) @ psi / beta
+        V_new = np.linalg.inv((1 - rate) * np.linalg.inv(V) + rate * target)
+        new.append((m + rate * V_new @ (psi.T @ slope / beta - m / prior_var), V_new))
+    return new
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell df3f4e42
+def objective(average, state, b, c, psi, x, prior_var=1.0, beta=1.0):
+    """J of eq-gp-objective for one latent and the closed-form average bound."""
+    (m_w, V_w), (m_u, V_u) = state
+    quadratic = lambda V: np.sum((psi @ V) * psi, 1)
+    J_n = average(b + psi @ m_w, c + psi @ m_u, quadratic(V_w), quadratic(V_u), x)
+    kl = sum(weight_kl(m[None], np.linalg.cholesky(V)[None], prior_var) for m,
+             V in state)
+    return np.sum(J_n) - beta * kl
+
+
+def fit_random_encoder(average, b, c, psi, x, num_sweeps=40, prior_var=1.0, beta=1.0):
+    """(state, path of J): sweeps of `natural_step`, halved until J does not fall."""
+    M = psi.shape[1]
+    state = [(np.zeros(M), 0.1 * np.eye(M)) for _ in range(2)]
+    path = [objective(average, state, b, c, psi, x, prior_var, beta)]
+    for _ in range(num_sweeps):
+        for rate in 0.5 ** np.arange(8):
+            new = natural_step(average, state, b, c, psi, x, rate, prior_var, beta)
+            value = objective(average, new, b, c, psi, x, prior_var, beta)
+            if value >= path[-1]:
+                state, path = new, path + [value]
+                break
+    return state, path
+
+
+# --- book/04_gp_random_inference/04_random_encoder.ipynb, cell a3aaf109
+def averaged_log_posterior(z, mean_f, mean_g, var_f, var_g, num_nodes=20):
+    """log of the averaged posterior at z [..., N, K], eq-gp-averaged-posterior."""
+    nodes, weights = roots_hermitenorm(num_nodes)
+    g = mean_g[..., None] + np.sqrt(var_g)[..., None] * nodes            # [N, K, H]
+    var = var_f[..., None] + np.exp(g)
+    squares = (z - mean_f)[..., None] ** 2 / var
+    log_weights = np.log(weights / np.sum(weights))
+    terms = log_weights - 0.5 * (squares + np.log(2 * np.pi * var))
+    return np.sum(logsumexp(terms, axis=-1), axis=-1)
