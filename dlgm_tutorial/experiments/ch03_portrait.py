@@ -32,7 +32,7 @@ def mixture_elbo(log_joint, q, noise):
     return (q.log_weights.exp() * torch.stack(terms, -1)).sum(-1)
 
 
-def best_mixture(log_joint, starts, *, num_points=1024, num_steps=400, lr=0.05):
+def best_mixture(log_joint, starts, *, num_points=1024, num_steps=400, lr=0.1):
     """The largest bound found in the family, datum by datum: Adam from each of the starts -> (mixture, bound [B]).
 
     The answer is at least as good as every start, judged on the same points.
