@@ -75,7 +75,7 @@ def _targets(y, noise_var, num):
 
 
 def gp_function_space(x, y, noise_var, x_new, *, kernel, jitter=0.0):
-    """Condition a zero-mean Gaussian process on noisy values: `GPPrediction` at x_new (equation gp-function-space).
+    """Condition a zero-mean Gaussian process on noisy values: `GPPrediction` at x_new (eq-gp-function-space).
 
     mean = k* (K + Sigma)^-1 y, variance = k** - k* (K + Sigma)^-1 k*, with Sigma = diag(noise_var).
     x [N, m], x_new [M, m]; y: [N], or [N, J] for J independent functions with one kernel; noise_var: a number, [N] or
@@ -107,7 +107,7 @@ class WeightPosterior(NamedTuple):
     log_evidence: torch.Tensor
 
     def predict(self, features):
-        """The function at features [M, m]: `GPPrediction` (equation gp-weight-space)."""
+        """The function at features [M, m]: `GPPrediction` (eq-gp-weight-space)."""
         factor = torch.linalg.cholesky(self.covariance)
         var = (features @ factor).square().sum(-1)  # a sum of squares, never negative
         if self.mean.ndim == 1:
@@ -116,7 +116,7 @@ class WeightPosterior(NamedTuple):
 
 
 def gp_weight_space(features, y, noise_var, *, prior_var=1.0):
-    """Posterior of the weights of a linear function of features: `WeightPosterior` (equation gp-weight-space).
+    """Posterior of the weights of a linear function of features: `WeightPosterior` (eq-gp-weight-space).
 
     V = (I / prior_var + Psi^T Sigma^-1 Psi)^-1, M = V Psi^T Sigma^-1 y: the same process as `gp_function_space` with
     `linear_kernel(prior_var)`, in O(N m^2 + m^3). features [N, m]; y, noise_var: as in `gp_function_space`, noise

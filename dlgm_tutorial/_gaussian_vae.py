@@ -142,13 +142,13 @@ class AmortizedVAE(nn.Module):
         return noise
 
     def _gaussian_bound(self, x, mean, log_var, noise):
-        """Bound of N(mean, exp(log_var)) with the closed divergence: noise [S, B, K] -> [B] (equation gp-elbo)."""
+        """Bound of N(mean, exp(log_var)) with the closed divergence: noise [S, B, K] -> [B] (eq-gp-elbo)."""
         z = mean + torch.exp(0.5 * log_var) * noise
         divergence = 0.5 * (mean.square() + torch.expm1(log_var) - log_var).sum(-1)
         return self.observation(z).log_prob(x).mean(0) - divergence
 
     def bound(self, x, *, num_samples=1, noise=None, generator=None):
-        """Evidence lower bound of each row of x: [B], in nats (equation gp-elbo). noise: [S, B, K]."""
+        """Evidence lower bound of each row of x: [B], in nats (eq-gp-elbo). noise: [S, B, K]."""
         mean, log_var = self.encode(x)
         noise = self._noise(len(x), num_samples, noise, generator, mean)
         return self._gaussian_bound(x, mean, log_var, noise["z"])

@@ -33,14 +33,14 @@ class Refined(NamedTuple):
 
 def refine(bound, mean, log_var, noise, *, step_size, momentum=0.0, precondition=False, clip_norm=None,
            adjoint="full", check=False):
-    """Climb the bound from (mean, log_var), datum by datum: `Refined` (equation gp-svi).
+    """Climb the bound from (mean, log_var), datum by datum: `Refined` (eq-gp-svi).
 
     lambda_(k+1) = lambda_k + step_size grad bound(lambda_k; noise_k), lambda = (mean, log_var): plain gradient ascent,
     stable only for step_size < 2 / (largest curvature). bound: maps (mean, log_var, noise [S, B, K]) to [B]; mean,
     log_var [B, K]; noise [T, S, B, K], one part a step. momentum: of heavy balls. precondition: multiply the mean's
     step by exp(log_var), which makes the stable step size independent of how sharp the posterior is. clip_norm:
     largest norm of a datum's gradient. adjoint: "full" keeps the graph of the steps, so that what follows
-    differentiates through them (equation gp-adjoint); "first_order" takes the steps as constants; "none" has no graph.
+    differentiates through them (eq-gp-adjoint); "first_order" takes the steps as constants; "none" has no graph.
     check: also find the rows that diverged, for one more bound.
     Raises ValueError where a step is not finite, naming step_size.
     """
@@ -90,7 +90,7 @@ def _check_step(num_steps, step_size):
 class SemiAmortizedVAE(AmortizedVAE):
     """The semi-amortised autoencoder: the encoder starts, gradient steps on each datum's own bound finish.
 
-    bound(x) is the bound after num_steps steps, and its gradient goes through them (equation gp-adjoint).
+    bound(x) is the bound after num_steps steps, and its gradient goes through them (eq-gp-adjoint).
     num_steps: T (0 is the plain autoencoder); step_size, momentum, precondition, clip_norm, adjoint: of `refine`;
     other arguments: of `AmortizedVAE`. Source: Kim, Wiseman, Miller, Sontag and Rush 2018.
     """
@@ -145,7 +145,7 @@ class IterativeInferenceVAE(AmortizedVAE):
     """Iterative amortised inference: a network that reads the bound's gradient and proposes the next posterior.
 
     lambda_(k+1) = lambda_k + gate (proposal - lambda_k), gate and proposal from (lambda_k, gradient, trunk(x)): one
-    network for all steps (equation gp-iterative). Gradients enter as constants, on a signed logarithmic scale, so
+    network for all steps (def-gp-iterative). Gradients enter as constants, on a signed logarithmic scale, so
     that no second derivative is needed. bound(x) is the average of the bounds after each step, which training
     maximises; `final_bound` is that of the last. num_steps: T; update_dims: hidden widths of the update.
     Source: Marino, Yue and Mandt 2018.
@@ -233,7 +233,7 @@ class VariationalLaplaceVAE(AmortizedVAE):
 
     With the decoder's Jacobian J at mu and the data's precision P (1 / noise_var, or p (1 - p) for pixels):
     Lambda = I + J^T P J, mu <- mu + rate_t Lambda^-1 (J^T (residual, times P for a normal) - mu), num_steps times, and
-    q = N(mu, Lambda^-1) with a full covariance (equation gp-laplace). rate_t = rate / (t + 1), or `rate` with
+    q = N(mu, Lambda^-1) with a full covariance (eq-gp-laplace). rate_t = rate / (t + 1), or `rate` with
     decay=False: one full step is exact for a linear decoder with normal noise. The encoder gives the start alone.
     Source: Park, Kim and Kim 2019.
     """
@@ -317,7 +317,7 @@ class RecursiveMixtureVAE(AmortizedVAE):
     """A posterior that is a mixture of encoders, grown one by one: Q_c = (1 - a_c) Q_(c-1) + a_c q_c.
 
     bound(x) is the bound of the mixture, with draws of every component in their proportions, all encoders trained
-    together; `gain` is the derivative along which a new component is worth adding (equation gp-mixture). One pass of
+    together; `mixture_gain` is the derivative along which a new component is worth adding. One pass of
     every encoder at test time. num_components: C; share: a_c of each new component (default 1 / c: equal weights).
     Source: the model of Kim and Pavlovic 2020, after its abstract; their training, component by component, is not this.
     """
@@ -357,7 +357,7 @@ class RecursiveMixtureVAE(AmortizedVAE):
 
 
 def mixture_gain(log_joint, mixture, new, *, num_samples=256, noise=None, generator=None):
-    """Rise of the bound per share of a new component at share 0: [B], in nats (equation gp-mixture).
+    """Rise of the bound per share of a new component at share 0: [B], in nats.
 
     E_new [log p(x, z) - log Q(z)] - bound(Q) = bound(new) + KL(new || Q) - bound(Q): a component is worth adding where
     its own bound is good and it differs from the mixture Q. log_joint: maps z [S, B, K] to [S, B]; mixture, new:
@@ -403,7 +403,7 @@ class RotatedNormal:
 class HouseholderVAE(AmortizedVAE):
     """A posterior whose normal is turned by reflections that the encoder chooses: the Householder flow.
 
-    num_reflections: T; log-determinant 0, so the density is that of the start (equation gp-householder). It can reach
+    num_reflections: T; log-determinant 0, so the density is that of the start. It can reach
     any full covariance with enough reflections, and stays a normal. Source: Tomczak and Welling 2016.
     """
 

@@ -86,7 +86,7 @@ def _check_functions(mean_f, mean_g, var_f, var_g):
 
 
 def average_kl(functions):
-    """E KL(N(f, exp(g)) || N(0, I)) over the random functions, in closed form: [B], in nats (equation gp-average-kl).
+    """E KL(N(f, exp(g)) || N(0, I)) over the random functions, in closed form: [B], in nats (eq-gp-average-kl).
 
     1/2 sum_j (mean_f^2 + var_f + exp(mean_g + var_g / 2) - 1 - mean_g), by E f^2 and the mean of a log-normal.
     functions: `RandomFunctions`, [B, K] each.
@@ -98,7 +98,7 @@ def average_kl(functions):
 def linear_average_bound(x, functions, weight, bias, noise_var):
     """The average bound E L(x; f, g) for a decoder weight z + bias with noise N(0, noise_var I): [B], in nats.
 
-    The exactly solvable case (equation gp-linear-average): with the precision Lambda = I + weight^T weight / noise_var,
+    The exactly solvable case (eq-gp-linear-average): with the precision Lambda = I + weight^T weight / noise_var,
     a random mean costs Lambda_jj var_f / 2 a latent, and a random log-variance, at its best mean, var_g / 4.
     x [B, D], functions: `RandomFunctions`, weight [D, K], bias [D], noise_var: a positive number.
     """
@@ -121,7 +121,7 @@ def _hermite(num_nodes, like):
 def averaged_log_posterior(z, mean_f, mean_g, var_f, var_g, *, num_nodes=20):
     """log of the posterior averaged over the random encoders, at z [..., B, K]: [..., B], in nats.
 
-    For each latent E_g N(z_j; mean_f, var_f + exp(g)), g ~ N(mean_g, var_g) (equation gp-averaged-posterior): f is
+    For each latent E_g N(z_j; mean_f, var_f + exp(g)), g ~ N(mean_g, var_g) (eq-gp-averaged-posterior): f is
     integrated out exactly, g by num_nodes Gauss-Hermite nodes, summed on the log scale; where var_g = 0 it is exact.
     mean_f, mean_g, var_f, var_g: [B, K]. Raises ValueError for shapes that differ, or values not finite or negative.
 
@@ -141,8 +141,8 @@ class AveragedPosterior:
     """q averaged over the random encoders: a scale mixture of normals, independent over latents (test-time posterior).
 
     mean_f, mean_g, var_f, var_g: [B, K]; num_nodes: of the quadrature over g. Its mean is mean_f, its variance
-    var_f + exp(mean_g + var_g / 2); with var_g > 0 its tails are heavier than a normal's (equation
-    gp-averaged-moments).
+    var_f + exp(mean_g + var_g / 2); with var_g > 0 its tails are heavier than a normal's
+    (eq-gp-averaged-moments).
     """
 
     def __init__(self, mean_f, mean_g, var_f, var_g, *, num_nodes=20):
@@ -196,7 +196,7 @@ class AveragedPosterior:
         return total
 
     def mutual_information(self):
-        """I(z; W, U | x), what averaging adds to the entropy, and to the bound: [B], in nats (equation gp-information).
+        """I(z; W, U | x), what averaging adds to the entropy, and to the bound: [B], in nats (eq-gp-information).
 
         H(averaged) - E H(q | W, U); for var_g = 0 it is 1/2 sum_j log(1 + var_f exp(-mean_g)).
         """
@@ -213,7 +213,7 @@ class AveragedPosterior:
 
 # ---------------------------------------------------------------- the random encoder
 def weight_kl(mean, prior_var, *, log_var=None, scale_tril=None):
-    """KL(q || N(0, prior_var I)) of independent weight vectors, in nats: a scalar, summed (equation gp-weight-kl).
+    """KL(q || N(0, prior_var I)) of independent weight vectors, in nats: a scalar, summed (eq-gp-weight-kl).
 
     mean [K, m]; log_var [K, m] for diagonal covariances, or scale_tril [K, m, m], lower triangular, for full ones;
     with neither, the weights are a point and this is minus the log prior up to a constant, |mean|^2 / (2 prior_var).
@@ -267,7 +267,7 @@ class _Weights(nn.Module):
 class RandomEncoder(nn.Module):
     """An encoder whose mean and log-variance are Gaussian processes with a linear deep kernel.
 
-    f = b + W psi, g = c + U psi; q(W, U) is normal, independent over latents (equation gp-random-encoder). The trunk
+    f = b + W psi, g = c + U psi; q(W, U) is normal, independent over latents (eq-gp-random-encoder). The trunk
     (hidden layers, tanh on the last) feeds the linear heads b, c and the features psi = (trunk, 1) / sqrt(m).
 
     data_dim: D, latent_dim: K, hidden_dims: widths of the trunk, the last gives m - 1; covariance of each weight
@@ -342,7 +342,7 @@ class RandomEncoder(nn.Module):
         return AveragedPosterior(*functions)
 
     def uncertainty(self, x, kind="nats"):
-        """How uncertain the encoder is about its own output at each row of x [B, D]: [B] (equation gp-uncertainty).
+        """How uncertain the encoder is about its own output at each row of x [B, D]: [B].
 
         kind "nats": 1/2 sum_j var_f exp(-mean_g) + 1/4 sum_j var_g, the bound that a random draw of the encoder loses
         to second order, near the optimum of a near-linear decoder; it does not change when a latent is rescaled.
@@ -375,7 +375,7 @@ class Inference(NamedTuple):
 
 
 class RandomInferenceVAE(AmortizedVAE):
-    """A variational autoencoder with a `RandomEncoder`, trained on the average bound (equation gp-objective).
+    """A variational autoencoder with a `RandomEncoder`, trained on the average bound (eq-gp-objective).
 
     bound(x) = J_n - beta KL(q(W, U) || p(W, U)) / num_data, where J_n is the bound of a random encoder averaged over
     q(W, U). Summed over the data with beta = 1 it is a lower bound of the data's log-likelihood, for every q(W, U).
@@ -442,7 +442,7 @@ class RandomInferenceVAE(AmortizedVAE):
         return self.observation(z).log_prob(x).mean(0) - average_kl(functions)
 
     def average_bound(self, x, *, num_samples=1, noise=None, generator=None):
-        """J_n, the bound of a random encoder averaged over q(W, U): [B], in nats (equation gp-average-bound)."""
+        """J_n, the bound of a random encoder averaged over q(W, U): [B], in nats (eq-gp-average-bound)."""
         functions = self.encoder(self._checked(x))
         return self._average(x, functions, self._noise(len(x), num_samples, noise, generator, functions.mean_f))
 
@@ -459,7 +459,7 @@ class RandomInferenceVAE(AmortizedVAE):
         return self._gaussian_bound(x, mean, log_var, noise["z"] if isinstance(noise, dict) else noise)
 
     def averaged_bound(self, x, *, num_samples=1, noise=None, generator=None):
-        """The bound *of* the averaged posterior, its density by quadrature: [B], in nats (equation gp-two-bounds).
+        """The bound *of* the averaged posterior, its density by quadrature: [B], in nats (eq-gp-two-bounds).
 
         Above `average_bound` by the mutual information of z and the weights; do not train on it: the split between the
         width of z and the uncertainty about the encoder would be decided by the divergence alone.
@@ -487,7 +487,7 @@ class InstanceOptimum(NamedTuple):
 
 
 def instance_optimum(log_joint, start, *, num_samples=256, num_steps=300, lr=0.1, seed=0, min_curvature=0.05):
-    """Optimise a diagonal normal for each datum, all at once: `InstanceOptimum` (equation gp-curvature).
+    """Optimise a diagonal normal for each datum, all at once: `InstanceOptimum` (eq-gp-curvature).
 
     log_joint: maps z [S, B, K] to [S, B]; start: a `DiagonalNormal` over [B, K]; num_samples, num_steps, lr, seed: of
     `evaluation.fit_posterior`. At the optimum the curvature in the mean is -exp(-log_var); in the log-variance it is
