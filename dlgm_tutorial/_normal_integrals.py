@@ -150,10 +150,12 @@ def polygon(cells, factor, centre):
     theorem.
     """
     tangent, normal, h, s1, s2, real = _edges(cells, factor, centre)
-    inside = ((h > 0) | ~real).all(-1)
     h = torch.where(real, torch.where(h == 0, 1e-300, h), 1.0)
     s1, s2 = torch.where(real, s1, 0.0), torch.where(real, s2, 0.0)
-    zero = inside.to(h) - (owens_t(h, s2 / h) - owens_t(h, s1 / h)).sum(-1)
+    # Whether the origin is inside, as the angles under which it sees the edges: they add up to one turn or none, and on
+    # an edge or a corner to the right share of a turn, where an indicator would be wrong by that share.
+    turn = (torch.atan(s2 / h) - torch.atan(s1 / h)) / (2 * math.pi)
+    zero = (turn - (owens_t(h, s2 / h) - owens_t(h, s1 / h))).sum(-1)
     density = _phi(h) * real
     moments = _moments_from_edges(
         zero, tangent, normal, h, density * (_cdf(s2) - _cdf(s1)), density * _phi(s1), density * _phi(s2)

@@ -282,12 +282,13 @@ def _chunk_rows(pieces, chunk):
     return max(1, 8_000_000 // (R * max(D, width, K * K)))
 
 
-def _far_pairs(pieces, centre, n, r, log_kappa, log_px, parts):
+def _far_pairs(pieces, centre, n, r, log_kappa, outside, log_px, parts):
     """Redo, in place, the pairs in which rounding of a polygon's mass could be seen in the evidence, by eq-ae-tail.
 
-    n, r [P]: the datum and the region of each pair; log_px: a function that adds up the pairs' evidence again.
+    n, r [P]: the datum and the region of each pair; outside [N, R]: how far out the origin lies (where it is not, the
+    tail's formula does not hold, and is not needed); log_px: a function that adds up the pairs' evidence again.
     """
-    done = torch.zeros_like(r, dtype=torch.bool)
+    done = outside[n, r] < 1e-3
     for _ in range(20):
         # An error of 1e-16 kappa must stay below 1e-14 of the evidence.
         todo = ((log_kappa[n, r] - log_px()[n] > 4) & ~done).nonzero()[:, 0]
@@ -329,7 +330,7 @@ def _polygon_pairs(pieces, centre, log_kappa):
             weight[n, r] = log_kappa[n, r] + parts[0] + torch.log(parts[1])
             return torch.logsumexp(weight, 1)
 
-        _far_pairs(pieces, centre, n, r, log_kappa, log_px, parts)
+        _far_pairs(pieces, centre, n, r, log_kappa, outside, log_px, parts)
         seen = torch.zeros_like(wanted)
         seen[n, r] = True
         wanted = (reach > log_px()[:, None] - 50) & ~seen

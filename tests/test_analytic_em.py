@@ -13,6 +13,7 @@ from dlgm_tutorial import _normal_integrals as integrals
 from dlgm_tutorial import _region_posterior
 from dlgm_tutorial.analytic_em import (
     ExactPosterior,
+    PiecewiseAffineGaussian,
     collect_statistics,
     e_step,
     exact_elbo,
@@ -400,6 +401,37 @@ def test_tails_of_two_latents_agree_with_one_latent():
         check_close(two.covariance[:, 1, 1], np.ones(4), 1e-7)
 
 
+def test_corners_at_the_origin():
+    """Units without biases: every line passes through z = 0, and every region has a corner there."""
+    angle = T([0.3, 1.1, 2.0])
+    W = torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+    layers = [(W, torch.zeros(3).double()), (torch.eye(3).double(), torch.zeros(3).double())]
+    mean, cov = marginal_moments(layers, 0.5)
+    torch.testing.assert_close(mean, torch.full((3,), 1 / np.sqrt(2 * np.pi), dtype=torch.float64), atol=1e-14, rtol=0)
+    # E[relu(a) relu(b)] of unit normals at an angle t is (sin t + (pi - t) cos t) / (2 pi): the arc-cosine kernel.
+    t = (angle[:, None] - angle).abs()
+    want = (torch.sin(t) + (np.pi - t) * torch.cos(t)) / (2 * np.pi) - mean[:, None] * mean + 0.5 * torch.eye(3).double()
+    torch.testing.assert_close(cov, want, atol=1e-14, rtol=0)
+    # A datum whose pieces are all centred there, and one a rounding error away.
+    for x in (torch.zeros(1, 3).double(), torch.full((1, 3), 1e-17).double()):
+        want = relu_marginal(plain(layers), x[0].numpy(), 0.2, 0.0, panels=40, outer=(60, 12))
+        log_px, e0, _, _ = e_step(layers, x, 0.2)
+        torch.testing.assert_close(log_px[0], T(want[0]), atol=1e-9, rtol=0)
+        torch.testing.assert_close(e0.sum(), T(1.0))
+
+
+def test_thin_slivers_around_the_origin():
+    """A polygon that holds the origin and has little mass: the tail's formula must not be asked."""
+    width = 1e-3
+    layers = [(T([[1.0, 0.0], [1.0, 0.0]]), T([width, -width])), (T([[0.3, -0.3]]), T([0.1]))]
+    narrow = [(layers[0][0][:, :1], layers[0][1]), layers[1]]
+    x = T([[0.1], [0.1 + 0.3 * width], [3.0]])
+    for noise_var in (1e-2, 1e-6):
+        for got, want in zip(e_step(layers, x, noise_var)[:2], e_step(narrow, x, noise_var)[:2], strict=True):
+            order = lambda e: e.sort(1).values if e.ndim == 2 else e
+            torch.testing.assert_close(order(got), order(want), atol=1e-9, rtol=1e-9)
+
+
 def test_polygons_left_out_change_nothing():
     """The E-step skips pairs that a bound rules out; here every pair is integrated, near data and far ones."""
     layers = random_network(5, [2, 6, 5, 3])
@@ -485,6 +517,85 @@ def test_simulation_based_calibration():
     rank = (draws[..., 0].numpy() < z[:, 0]).mean(0) + 1 / 200
     check_mc(rank, 0.5)
     check_mc((rank - 0.5) ** 2, (1 - 1e-4) / 12)
+
+
+def test_three_latents_are_sampled_exactly():
+    posterior = exact_posterior(R4, T([[0.4, -0.7]]), 0.36, slope=0.1)
+    draws = posterior.sample(4000, generator=torch.Generator().manual_seed(0))
+    assert draws.shape == (4000, 1, 3)
+    check_mc(draws[:, 0], posterior.mean[0], what="mean, three latents")
+    away = draws[:, 0] - posterior.mean[0]
+    check_mc(away[:, :, None] * away[:, None], posterior.covariance[0], what="covariance")
+    codes = (draws[:, 0] @ R4[0][0].T + R4[0][1] > 0).double()
+    on = posterior.region_weights[0] @ partition(R4, slope=0.1).codes.double()
+    check_mc(codes, on, what="how often each unit is on")
+
+
+def test_rsample_is_decided_by_its_noise():
+    posterior = exact_posterior(R1, XM, 0.25, slope=0.1)
+    noise = torch.rand(5, 2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = posterior.rsample((5, 2), noise=noise)
+    assert draws.shape == (5, 2, 3, 1)
+    assert torch.equal(draws, posterior.rsample((5, 2), noise=noise))
+    # Distribution function of a draw: the mass of the regions before its own, and its share of that one.
+    z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    density = torch.exp(posterior.log_prob(z[:, None, None].expand(-1, 3, 1)))
+    below = torch.cumsum(density, 0) * (z[1] - z[0])
+    at = below.gather(0, torch.searchsorted(z, draws[..., 0]).reshape(10, 3)).reshape(5, 2, 3)
+    bins = torch.cat([torch.zeros(3, 1).double(), torch.cumsum(posterior.region_weights, 1)], 1)
+    region = torch.searchsorted(bins[:, 1:].contiguous(), noise[..., 0].reshape(10, 3).T.contiguous(), right=True)
+    low, high = bins.gather(1, region).T.reshape(5, 2, 3), bins.gather(1, region + 1).T.reshape(5, 2, 3)
+    torch.testing.assert_close(at, low + noise[..., 1] * (high - low), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="noise must have shape"):
+        posterior.rsample((5,), noise=noise)
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_the_model_contract(latents):
+    from dlgm_tutorial.training import fit
+
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    net = mlp([latents, 4, 3], lambda: nn.LeakyReLU(0.1), dtype=torch.float64)
+    initialise(net, bias=1.0, generator=torch.Generator().manual_seed(2))
+    model = PiecewiseAffineGaussian(decoder=net, noise_var=0.3)
+    estimate = model.log_likelihood(x, 10, chunk=2)
+    torch.testing.assert_close(estimate.value, exact_log_likelihood(net, x, 0.3))
+    assert not estimate.standard_error.any() and bool((estimate.ess == 1).all())
+    torch.testing.assert_close(model.bound(x), estimate.value)
+    posterior = model.posterior(x)
+    z = posterior.sample(6, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(model.log_joint(x, z) - posterior.log_prob(z), estimate.value.expand(6, -1))
+    assert model.noise_spec(7) == {}
+    many = posterior.sample(4000, generator=torch.Generator().manual_seed(4))
+    check_mc(net(many).detach().reshape(4000, -1), model.reconstruct(x).detach().reshape(-1), what="reconstruction")
+    fake = model.sample(4000, generator=torch.Generator().manual_seed(5)).detach()
+    check_mc(fake, marginal_moments(net, 0.3)[0].detach(), what="mean of samples")
+    assert model.sample_latents(4).shape == (4, latents)
+    known = torch.tensor([True, False, True])
+    torch.testing.assert_close(model.impute(x, known), impute(net, x, 0.3, known))
+    torch.testing.assert_close(model.reconstruct(x, observed=known)[:, 1], model.impute(x, known)[:, 1])
+    before = float(model.bound(x).detach().mean())
+    fit(model, x, num_steps=20, batch_size=7, lr=0.02)
+    assert float(model.bound(x).detach().mean()) > before + 0.05  # the shared loop climbs the exact likelihood
+    frozen = PiecewiseAffineGaussian(decoder=net, noise_var=0.3, freeze_decoder=True)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_model_from_sizes_and_its_refusals():
+    model = PiecewiseAffineGaussian(5, 2, [4, 3], slope=0.2, noise_var=torch.full((5,), 0.5))
+    assert [m.out_features for m in model.decoder if isinstance(m, nn.Linear)] == [4, 3, 5]
+    assert model.bound(torch.zeros(2, 5)).dtype == torch.float32 and model.noise_var.shape == (5,)
+    for build, message in (
+        (lambda: PiecewiseAffineGaussian(5, 2), "give either decoder"),
+        (lambda: PiecewiseAffineGaussian(decoder=nn.Linear(1, 2), noise_var=torch.eye(2)), "noise_var must be a number"),
+        (lambda: PiecewiseAffineGaussian(decoder=nn.Sequential(nn.Linear(1, 2), nn.Tanh())), "piecewise-affine"),
+        (lambda: model.log_joint(torch.zeros(2, 5), torch.zeros(2, 2)), "z must have shape"),
+        (lambda: model.log_joint(torch.zeros(2, 5), torch.zeros(1, 2, 2), coordinates="here"), "coordinates must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    with pytest.raises(TypeError, match="nn.Module"):
+        PiecewiseAffineGaussian(decoder=R1)
 
 
 def test_top_regions_give_a_bound_with_a_known_gap():
