@@ -388,3 +388,38 @@ def averaged_log_posterior(z, mean_f, mean_g, var_f, var_g, num_nodes=20):
     log_weights = np.log(weights / np.sum(weights))
     terms = log_weights - 0.5 * (squares + np.log(2 * np.pi * var))
     return np.sum(logsumexp(terms, axis=-1), axis=-1)
+
+
+# --- book/04_gp_random_inference/05_how_uncertain.ipynb, cell 49530f04
+import autograd.numpy as np
+
+
+# --- book/04_gp_random_inference/05_how_uncertain.ipynb, cell 14d063fb
+def effective_parameters(F, precision, prior_var=1.0):
+    """sum of lambda / (1 + lambda) over eigenvalues of prior_var precision F^T F."""
+    eigenvalues = np.linalg.eigvalsh(prior_var * precision * F.T @ F)
+    return np.sum(eigenvalues / (1 + eigenvalues))
+
+
+# --- book/04_gp_random_inference/05_how_uncertain.ipynb, cell ad357ba3
+def bowl_random_encoder(x, num_sweeps=25, beta=1.0):
+    """(p, state, path) of an affine base and random weights, fitted to x."""
+    p = fit_affine_encoder(x)
+    b, c = affine_encoder(p, x)
+    features = tanh_features(x)
+    return p, *fit_random_encoder(bowl_average_bound, b, c, features, x, num_sweeps,
+                                  beta=beta)
+
+
+def bowl_functions(p, state, x):
+    """(mean_f, mean_g, var_f, var_g), [N] each, at x."""
+    (b, c), psi = affine_encoder(p, x), tanh_features(x)
+    (m_w, V_w), (m_u, V_u) = state
+    quadratic = lambda V: np.sum((psi @ V) * psi, 1)
+    return b + psi @ m_w, c + psi @ m_u, quadratic(V_w), quadratic(V_u)
+
+
+# --- book/04_gp_random_inference/05_how_uncertain.ipynb, cell d4c97415
+def uncertainty(mean_f, mean_g, var_f, var_g):
+    """The reported uncertainty, in nats, of functions [N, K]; eq-gp-uncertainty."""
+    return np.sum(0.5 * var_f * np.exp(-mean_g) + 0.25 * var_g, axis=-1)
