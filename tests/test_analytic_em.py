@@ -138,6 +138,18 @@ def test_polygon_under_a_correlated_normal():
     check_close(second, [[0.506546251416, 0.451051420525], [0.451051420525, 0.487499037427]], 1e-11)
 
 
+def test_polygon_without_end():
+    """Case P6, unbounded; the box at 50 stands for infinity. By one dimension after the other, and by the brief."""
+    from scipy.integrate import quad
+
+    inner = lambda z: np.exp(-z * z / 2) / np.sqrt(2 * np.pi) * special.ndtr(-max(0.2, 1 - z))
+    want = quad(inner, 0, 0.8, epsabs=1e-15)[0] + quad(inner, 0.8, 12, epsabs=1e-15)[0]
+    assert abs(want - 0.167656877964945) < 1e-13
+    corners = T([[0.0, 1.0], [0.8, 0.2], [50.0, 0.2], [50.0, 50.0], [0.0, 50.0]])
+    zero = integrals.polygon(corners[None], torch.eye(2).double()[None], torch.zeros(1, 1, 2).double())[0]
+    check_close(zero, [[want]], 1e-14)
+
+
 @pytest.mark.parametrize(("vertices", "mass"), [
     ([(6, 0.5), (8, -0.5), (8.5, 2), (6.5, 2.5)], 1.714160184192638e-10),
     ([(20, 0.5), (22, -0.5), (22.5, 2), (20.5, 2.5)], 1.94675947609e-90),
@@ -849,6 +861,98 @@ def test_affine_em_reaches_probabilistic_pca():
 
 
 # --- Refusals
+
+@pytest.mark.parametrize("name", ["Tanh", "GELU", "Sigmoid", "Softplus", "ELU"])
+def test_every_entry_refuses_smooth_units_and_says_why(name):
+    smooth = nn.Sequential(nn.Linear(1, 3), getattr(nn, name)(), nn.Linear(3, 2)).double()
+    loc = torch.zeros(3, 1).double()
+    for call in (
+        lambda: partition(smooth), lambda: e_step(smooth, XM, 0.25), lambda: exact_log_likelihood(smooth, XM, 0.25),
+        lambda: exact_posterior(smooth, XM, 0.25), lambda: exact_elbo(smooth, XM, 0.25, loc, loc + 1),
+        lambda: marginal_moments(smooth, 0.25), lambda: impute(smooth, XM, 0.25, torch.tensor([True, False])),
+        lambda: fit_em(smooth, XM), lambda: collect_statistics(smooth, XM, 0.25), lambda: num_parameters(smooth),
+        lambda: PiecewiseAffineGaussian(decoder=smooth)):
+        with pytest.raises(ValueError, match=f"got {name}: a smooth unit has no regions on which it is affine"):
+            call()
+
+
+def test_regions_of_no_width_change_nothing():
+    """Knots a rounding error apart: one, none or a few regions of no width between them, and the same answers."""
+    W, b = R1[0]
+    for gap in (0.0, 1e-16, 1e-13, 1e-9):
+        twin = [(torch.cat([W, W]), torch.cat([b, b + gap])), (torch.cat([R1[1][0]] * 2, 1) / 2, R1[1][1])]
+        log_px, e0, e1, e2 = e_step(twin, XM, 0.25, slope=0.1)
+        want = e_step(R1, XM, 0.25, slope=0.1)
+        check_close(log_px, want[0], 1e-13 + 10 * gap)
+        check_close(e0.sum(1), np.ones(3), 1e-13)
+        check_close(e2.sum(1), want[3].sum(1), 1e-12 + 10 * gap)
+    # The same in the plane, where the region between two lines is a sliver.
+    W, b = R3[0]
+    x = T([[0.8, 0.1], [-1.2, 0.7]])
+    want = e_step(R3, x, 0.16, slope=0.1)
+    for gap in (0.0, 1e-16, 1e-13, 1e-9):
+        twin = [(torch.cat([W, W]), torch.cat([b, b + gap])), (torch.cat([R3[1][0]] * 2, 1) / 2, R3[1][1])]
+        log_px, e0, e1, e2 = e_step(twin, x, 0.16, slope=0.1)
+        check_close(log_px, want[0], 1e-12 + 10 * gap)
+        check_close(e2.sum(1), want[3].sum(1), 1e-11 + 10 * gap)
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 3], [2, 4, 3]])
+def test_layers_that_are_dead_everywhere_leave_an_affine_model(sizes):
+    layers = random_network(3, sizes)
+    dead = [(layers[0][0], layers[0][1] - 1e4), layers[1]]  # no unit is ever on where the prior has mass
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_px, e0, e1, _ = e_step(dead, x, 0.3)  # plain ReLU: the output is constant
+    want = linear_gaussian_evidence(x.numpy(), np.zeros((3, 1)), layers[1][1].numpy(), 0.3)
+    check_close(log_px, want, 1e-12)
+    check_close(e1.sum(1), np.zeros((5, sizes[0])), 1e-12)
+    fitted = fit_em(dead, x, noise_var=0.3, num_iterations=3)
+    assert torch.isfinite(fitted.log_likelihoods).all()  # singular normal matrices keep the old weights
+    check_close(fitted.decoder[0][0], dead[0][0], 1e-9)
+
+
+def test_a_region_limit_is_kept_before_memory_is_spent():
+    import tracemalloc
+
+    for sizes in ([1, 3000, 2], [2, 300, 2]):
+        layers = random_network(0, sizes)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"max_regions is 200, but the decoder has at least \d+ regions .*choose fewer"):
+            exact_posterior(layers, torch.zeros(10, 2).double(), 0.1, max_regions=200)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e6
+    with pytest.raises(ValueError, match="max_regions is 20, but the decoder has at least"):
+        partition(random_network(0, [3, 6, 2]), max_regions=20)
+
+
+def test_all_coordinates_missing_with_two_latents_give_the_prior():
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    posterior = exact_posterior(R3, torch.full((2, 2), torch.nan).double(), 0.16, observed=nothing, slope=0.1)
+    check_close(posterior.log_px, np.zeros(2), 1e-13)
+    check_close(posterior.mean, np.zeros((2, 2)), 1e-12)
+    check_close(posterior.covariance, np.broadcast_to(np.eye(2), (2, 2, 2)), 1e-12)
+    draws = posterior.sample(2000, generator=torch.Generator().manual_seed(0))
+    check_mc(draws[:, 0] ** 2, np.ones(2), what="the prior's variance")
+
+
+@pytest.mark.parametrize("layers", [R1, R3])
+def test_gradient_far_out_and_under_extreme_noise_is_finite_and_right(layers):
+    """Forty deviations away: the score points to the reconstruction, and backpropagation gives that score."""
+    spread = 0.25
+    for far in ([[20.0, -15.0]], [[-30.0, 4.0]]):
+        x = T(far).requires_grad_()
+        exact_log_likelihood(layers, x, spread, slope=0.1).sum().backward()
+        step = 1e-4
+        for i in range(2):
+            move = torch.zeros(1, 2).double()
+            move[0, i] = step
+            both = [exact_log_likelihood(layers, T(far) + s * move, spread, slope=0.1) for s in (1, -1)]
+            check_close(x.grad[0, i], float(both[0] - both[1]) / (2 * step), 1e-4, rtol=1e-6)
+    for noise_var, message in ((1e-250, "at least 1e-200"), (float("inf"), "finite"), (-1.0, "positive, got -1")):
+        with pytest.raises(ValueError, match=message):
+            exact_log_likelihood(layers, XM, noise_var, slope=0.1)
+
 
 def test_smooth_units_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="Tanh: a smooth unit has no regions"):

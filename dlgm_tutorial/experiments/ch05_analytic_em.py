@@ -482,6 +482,14 @@ def mixture_gap(decoder, x, noise_var, log_px, weight, loc, factor):
 FAMILIES = ("the posterior's own moments", "diagonal Gaussian", "full Gaussian", "two Gaussians")
 
 
+def halves_of(draws, half):
+    """Mean [B, K] and Cholesky factor of the covariance of the draws [S, B, K] that are in the half [S, B]."""
+    weight = half.to(draws) / half.sum(0).clamp_min(1)
+    mean = torch.einsum("sb,sbk->bk", weight, draws)
+    cov = torch.einsum("sb,sbk,sbl->bkl", weight, draws - mean, draws - mean)
+    return mean, torch.linalg.cholesky(cov + 1e-4 * torch.eye(cov.shape[-1], dtype=cov.dtype))
+
+
 def gaps_of(member, x, num_steps):
     """KL to the exact posterior of the best member of each Gaussian family that was found, {family: [B]}."""
     decoder, noise_var = member.decoder.requires_grad_(False), member.noise_var
@@ -498,15 +506,18 @@ def gaps_of(member, x, num_steps):
         starts = ((mean, root), (best, narrow))
         each = [gap(fit_mixture(decoder, x, noise_var, l[:, None], f[:, None], kind, num_steps)) for l, f in starts]
         found[family] = torch.stack(each).amin(0)
-    # Two: at the best draw, and at the draw furthest from it in the posterior's own units.
+    # Two: at the best draw and the one furthest from it; and on either side of the mean, along the widest direction.
     far = torch.linalg.solve_triangular(root, (draws - best)[..., None], upper=False).square().sum((-1, -2)).argmax(0)
     other = draws.gather(0, far[None, :, None].expand(1, *mean.shape))[0]
-    two = fit_mixture(
-        decoder, x, noise_var, torch.stack([best, other], 1), torch.stack([narrow, narrow], 1), "full", num_steps
-    )
+    starts = [(torch.stack([best, other], 1), torch.stack([narrow, narrow], 1))]
+    widest = torch.linalg.eigh(posterior.covariance).eigenvectors[..., -1]
+    side = ((draws - mean) * widest).sum(-1) > 0  # [64, B]
+    halves = [halves_of(draws, half) for half in (side, ~side)]
+    starts.append(tuple(torch.stack(part, 1) for part in zip(*halves, strict=True)))
+    two = [gap(fit_mixture(decoder, x, noise_var, loc, factor, "full", num_steps)) for loc, factor in starts]
     # Each family holds the ones before it.
     found[FAMILIES[2]] = torch.minimum(found[FAMILIES[2]], torch.minimum(found[FAMILIES[0]], found[FAMILIES[1]]))
-    found[FAMILIES[3]] = torch.minimum(gap(two), found[FAMILIES[2]])
+    found[FAMILIES[3]] = torch.stack([*two, found[FAMILIES[2]]]).amin(0)
     return found
 
 
