@@ -106,3 +106,180 @@ def jacobian_kl(score, log_p, z0, step_size, num_steps, *, noise=None, stochasti
                                          stochastic=stochastic)
     log_prior = -0.5 * np.sum(z0 ** 2 + np.log(2 * np.pi), -1)
     return log_prior - log_det - log_p(z), bool(np.any(signs != signs[:, :1]))
+
+
+# --- book/06_short_run_mcmc/03_which_step_size.ipynb, cell 35dcd10a
+import autograd.numpy as np
+from autograd import grad
+from autograd.scipy.special import logsumexp
+
+
+# --- book/06_short_run_mcmc/03_which_step_size.ipynb, cell 4df6022d
+def bound_of_endpoint(lam, mu, step_size, num_steps):
+    """The objective J for a linear decoder, eq-sr-linear-bound: [...]."""
+    mean, var = law_of_endpoint(lam, mu, step_size, num_steps)
+    contraction = 1 - 0.5 * np.array(step_size)[..., None] ** 2 * lam
+    fit = lam * var + lam * (mean - mu) ** 2 - 1 - np.log(lam)
+    return np.sum(0.5 * fit - num_steps * np.log(np.abs(contraction)), -1)
+
+
+# --- book/06_short_run_mcmc/03_which_step_size.ipynb, cell 9a40443a
+def semi_implicit_bounds(score, log_p, z0, step_size, num_steps, noise):
+    """Terms [S] whose means enclose KL(q_s || p), eq-sr-sandwich; z0 [S, K]."""
+    S, K = z0.shape
+    before = short_run(score, z0, step_size, num_steps - 1, noise=noise)
+    centre = before + 0.5 * step_size ** 2 * score(before)
+    end = centre + step_size * noise[num_steps - 1]
+    squares = np.sum((end[:, None] - centre[None]) ** 2, -1)
+    var = step_size ** 2
+    log_kernel = -0.5 * squares / var - 0.5 * K * np.log(2 * np.pi * var)
+    others = np.where(np.eye(S) > 0, -np.inf, log_kernel)
+    lower = logsumexp(others, axis=1) - np.log(S - 1)
+    return lower - log_p(end), logsumexp(log_kernel, axis=1) - np.log(S) - log_p(end)
+
+
+# --- book/06_short_run_mcmc/03_which_step_size.ipynb, cell 1b05e0de
+def run_with_tangent(score, z0, step_size, num_steps, noise):
+    """z_T and its derivative by the step size, both [..., K], eq-sr-step-gradient."""
+    z, u = z0, np.zeros_like(z0)
+    for t in range(num_steps):
+        drift = score(z)
+        along = grad(lambda v, u=u: np.sum(score(v) * u))(z)           # the Hessian times u
+        u = u + 0.5 * step_size ** 2 * along + step_size * drift + noise[t]
+        z = z + 0.5 * step_size ** 2 * drift + step_size * noise[t]
+    return z, u
+
+
+# --- book/06_short_run_mcmc/03_which_step_size.ipynb, cell c9bd1e1a
+def decode(layers, z):
+    """A ReLU decoder [(W [out, in], b [out]), ...] at z [..., K] -> [..., D]."""
+    for W, b in layers[:-1]:
+        z = np.maximum(np.dot(z, W.T) + b, 0.0)
+    return np.dot(z, layers[-1][0].T) + layers[-1][1]
+
+
+# --- book/06_short_run_mcmc/04_learning.ipynb, cell 163459d9
+def end_point_regression(weight, noise_var, step_size, num_steps):
+    """B [K, D] and S [K, K] of z_T = B x + noise for a linear decoder without bias."""
+    lam, U = np.linalg.eigh(np.eye(weight.shape[1]) + np.dot(weight.T, weight) / noise_var)
+    kept = (1 - 0.5 * step_size ** 2 * lam) ** num_steps
+    var = kept ** 2 + (1 - kept ** 2) / (lam * (1 - 0.25 * step_size ** 2 * lam))
+    B = np.dot(U * ((1 - kept) / lam), np.dot(U.T, weight.T)) / noise_var
+    return B, np.dot(U * var, U.T)
+
+
+def short_run_em(weight, noise_var, data_cov, step_size, num_steps):
+    """One EM step with the end point's law in the posterior's place, eq-sr-em: [D, K]."""
+    B, S = end_point_regression(weight, noise_var, step_size, num_steps)
+    second_moment = S + np.dot(np.dot(B, data_cov), B.T)
+    return np.linalg.solve(second_moment, np.dot(B, data_cov)).T
+
+
+# --- book/06_short_run_mcmc/04_learning.ipynb, cell 1786fe54
+def scalar_em(w, c, noise_var, step_size, num_steps):
+    """eq-sr-em for one latent and one pixel: w, step_size broadcast."""
+    lam = 1 + w ** 2 / noise_var
+    mean, var = law_of_endpoint_1d(lam, step_size, num_steps)
+    B = mean * w / (noise_var * lam)
+    return c * B / (var + B ** 2 * c)
+
+
+def law_of_endpoint_1d(lam, step_size, num_steps):
+    """Share of the mean that is inferred, and the variance, elementwise."""
+    u = 0.5 * step_size ** 2 * lam
+    kept = (1 - u) ** num_steps
+    return 1 - kept, kept ** 2 + (1 - kept ** 2) / (lam * (1 - 0.5 * u))
+
+
+# --- book/06_short_run_mcmc/04_learning.ipynb, cell b060db3b
+def short_run_loss(layers, x, z, noise_var):
+    """The loss of the recipe at fixed end points z [B, K]: minus the mean of log p(x, z)."""
+    return -np.mean(log_joint(z, x, lambda v: decode(layers, v), noise_var))
+
+
+def learning_step(layers, x, z0, noise, step_size, noise_var):
+    """End points at the present weights, and the gradient of the loss there."""
+    score = score_of(lambda z: log_joint(z, x, lambda v: decode(layers, v), noise_var))
+    ends = short_run(score, z0, step_size, len(noise), noise=noise)
+    return ends, grad(short_run_loss)(layers, x, ends, noise_var)
+
+
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell 49530f04
+import autograd.numpy as np
+
+
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell b8f8e195
+def tanh_network(layers, h):
+    """A tanh network [(W [out, in], b [out]), ...] on h [..., in]."""
+    for W, b in layers[:-1]:
+        h = np.tanh(np.dot(h, W.T) + b)
+    return np.dot(h, layers[-1][0].T) + layers[-1][1]
+
+
+def conditional(head, above):
+    """Location and scale of a layer given the state above; softplus + 0.001."""
+    both = tanh_network(head, above)
+    K = both.shape[-1] // 2
+    return both[..., :K], 1e-3 + np.logaddexp(0.0, both[..., K:])
+
+
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell 70506242
+def states_of(heads, xi):
+    """States and log-scales, lists from layer 1 up, of the noises xi; def-sr-layers."""
+    z, log_scales = [xi[-1]], []
+    for head, noise in zip(heads[::-1], xi[-2::-1]):
+        loc, scale = conditional(head, z[0])
+        z, log_scales = [loc + scale * noise] + z, [np.log(scale)] + log_scales
+    return z, log_scales
+
+
+def log_normal(u):
+    """log N(u; 0, I), summed over the last axis."""
+    return -0.5 * np.sum(u ** 2 + np.log(2 * np.pi), -1)
+
+
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell 4cdfb04e
+def split(flat, dims):
+    """Flat latents [..., K] as a list of layers, layer 1 first."""
+    ends = np.cumsum(np.array((0,) + tuple(dims)))
+    return [flat[..., a:b] for a, b in zip(ends[:-1], ends[1:])]
+
+
+def log_joint_noise(heads, decoder, x, flat, dims, noise_var):
+    """log p(x, xi) [...], eq-sr-noise-joint: flat [..., K], x broadcasts with [..., D]."""
+    mean = tanh_network(decoder, states_of(heads, split(flat, dims))[0][0])
+    return log_normal(flat) + log_normal((x - mean) / np.sqrt(noise_var)) \
+        - 0.5 * mean.shape[-1] * np.log(noise_var)
+
+
+def log_joint_state(heads, decoder, x, flat, dims, noise_var):
+    """log p(x, z) [...] of states z, eq-sr-state-joint; arguments as in log_joint_noise."""
+    z = split(flat, dims)
+    total = log_normal(z[-1])
+    for head, here, above in zip(heads, z[:-1], z[1:]):
+        loc, scale = conditional(head, above)
+        total = total + log_normal((here - loc) / scale) - np.sum(np.log(scale), -1)
+    mean = tanh_network(decoder, z[0])
+    return total + log_normal((x - mean) / np.sqrt(noise_var)) \
+        - 0.5 * mean.shape[-1] * np.log(noise_var)
+
+
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell d83b85f3
+def general_law(mu, precision, start_cov, step_size, num_steps):
+    """Mean and covariance of z_T, steps s [K], from N(0, start_cov); eq-sr-general-law."""
+    s = step_size * np.ones(len(mu))
+    u, V = np.linalg.eigh(s[:, None] * precision * s)
+    a = 1 - 0.5 * u
+    M = s[:, None] * np.dot(V * a ** num_steps, V.T) / s
+    spread = np.dot(V * ((1 - a ** (2 * num_steps)) / (1 - a ** 2)), V.T)
+    return mu - np.dot(M, mu), np.dot(M, np.dot(start_cov, M.T)) + s[:, None] * spread * s
+
+
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell cae22b27
+def variance_by_layer(mean, xi, fresh, dims):
+    """Terms [S, L] whose means are the V_l, eq-sr-resample: xi, fresh [S, K] independent draws."""
+    ends, out = np.cumsum(np.array((0,) + tuple(dims))), []
+    for a, b in zip(ends[:-1], ends[1:]):
+        other = np.concatenate([xi[:, :a], fresh[:, a:b], xi[:, b:]], -1)
+        out.append(0.5 * np.sum((mean(xi) - mean(other)) ** 2, -1))
+    return np.stack(out, -1)
