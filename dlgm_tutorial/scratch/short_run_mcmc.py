@@ -283,3 +283,22 @@ def variance_by_layer(mean, xi, fresh, dims):
         other = np.concatenate([xi[:, :a], fresh[:, a:b], xi[:, b:]], -1)
         out.append(0.5 * np.sum((mean(xi) - mean(other)) ** 2, -1))
     return np.stack(out, -1)
+
+
+# --- book/06_short_run_mcmc/06_filling_in_and_limits.ipynb, cell 86ec20b8
+def masked_log_joint(z, x, observed, decoder, noise_var):
+    """log p(x_o, z) [...]: observed [..., D] of 0 and 1, hidden entries of x ignored."""
+    squares = np.sum(np.where(observed > 0, x - decoder(z), 0.0) ** 2, -1)
+    num = np.sum(observed * np.ones(np.shape(x)), -1)
+    return (-0.5 * np.sum(z ** 2 + np.log(2 * np.pi), -1) - 0.5 * squares / noise_var
+            - 0.5 * num * np.log(2 * np.pi * noise_var))
+
+
+# --- book/06_short_run_mcmc/06_filling_in_and_limits.ipynb, cell b9275f0a
+def mala_step(log_p, score, z, step_size, noise, uniform):
+    """One Metropolis-adjusted Langevin step, eq-sr-mala: (z [..., K], accepted [...])."""
+    drift = lambda v: v + 0.5 * step_size ** 2 * score(v)
+    new = drift(z) + step_size * noise
+    back = np.sum((z - drift(new)) ** 2 - (new - drift(z)) ** 2, -1) / (2 * step_size ** 2)
+    accepted = np.log(uniform) < log_p(new) - log_p(z) - back
+    return np.where(accepted[..., None], new, z), accepted
