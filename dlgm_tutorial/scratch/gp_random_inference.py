@@ -231,7 +231,7 @@ def fit_affine_encoder(x):
     return minimize(loss, start, jac=True, method="BFGS").x
 
 
-# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell af8e15a4
+# --- book/04_gp_random_inference/03_error_is_a_function.ipynb, cell 4b68135d
 def rbf(a, b, scale=1.0, length=1.0):
     """The kernel scale^2 exp(-|a - b|^2 / (2 length^2)), [N, M]."""
     squares = np.sum((a[:, None] - b[None]) ** 2, axis=2)
@@ -243,7 +243,7 @@ def gp_function_space(x, y, noise_var, x_new, kernel):
     L = np.linalg.cholesky(kernel(x, x) + np.diag(noise_var))
     half = solve_triangular(L, kernel(x, x_new), lower=True)              # [N, M]
     white = solve_triangular(L, y, lower=True)
-    prior = np.array([kernel(row[None], row[None])[0, 0] for row in x_new])
+    prior = np.diag(kernel(x_new, x_new))
     log_det = 2 * np.sum(np.log(np.diag(L)))
     log_evidence = -0.5 * (white @ white + log_det + len(y) * np.log(2 * np.pi))
     return half.T @ white, prior - np.sum(half ** 2, 0), log_evidence
