@@ -1,6 +1,5 @@
 """Chapter 4's baselines: inference that goes on after the encoder's pass, and posteriors richer than one normal."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -414,15 +413,17 @@ class HouseholderVAE(AmortizedVAE):
 
     def _plain_encoder(self):
         size = (2 + self.num_reflections) * self.latent_dim
-        return nn.Sequential(trunk(self.data_dim, self.encoder_dims, self.activation),
-                             mlp([self.encoder_dims[-1], size], self.activation))
+        head = mlp([self.encoder_dims[-1], size], self.activation)
+        with torch.no_grad():
+            head[-1].bias[2 * self.latent_dim:].normal_()  # no direction is defined at 0: start away from it
+        return nn.Sequential(trunk(self.data_dim, self.encoder_dims, self.activation), head)
 
     def posterior(self, x):
         """The turned normal of each datum: `RotatedNormal`."""
         loc, log_var, v = self.encoder(self._checked(x)).split(
             [self.latent_dim, self.latent_dim, self.num_reflections * self.latent_dim], -1)
         v = v.unflatten(-1, (self.num_reflections, self.latent_dim))
-        return RotatedNormal(loc, log_var, v + math.sqrt(torch.finfo(v.dtype).tiny))
+        return RotatedNormal(loc, log_var, v)
 
     def bound(self, x, *, num_samples=1, noise=None, generator=None):
         """Bound with the closed divergence, which no rotation changes: [B], in nats. noise: [S, B, K]."""
