@@ -255,7 +255,7 @@ def rows_by_method(runs):
 
 
 # ---------------------------------------------------------------- the digits: all methods
-@experiment("04", "digits", paper=PAPER, table="all methods, small", hours=0.3, steps=3000, rows=rows_by_method)
+@experiment("04", "digits", paper=PAPER, table="all methods, small", hours=0.3, steps=2000, rows=rows_by_method)
 def digits(run):
     """All methods on 8x8 binarised digits: same decoder and trunk, same updates; bounds, gaps, ranks."""
     data, valid, test = digit_parts(run)
@@ -278,7 +278,7 @@ def digits(run):
 SWAPPED = ("vae", "heads", "random", "random-30", "semi", "mixture", "householder", "laplace")
 
 
-@experiment("04", "digits-swap", paper=PAPER, table="proposals swapped on one decoder", hours=0.3, steps=3000,
+@experiment("04", "digits-swap", paper=PAPER, table="proposals swapped on one decoder", hours=0.3, steps=2000,
             rows=rows_by_method)
 def digits_swap(run):
     """One decoder, trained by the plain VAE, then frozen; every method's inference trained for it: only q differs."""
