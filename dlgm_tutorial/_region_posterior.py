@@ -486,13 +486,14 @@ def _expected_log_density(network, x, noise, observed, answer):
         slope = _whiten(part, A[:, columns].transpose(1, 2).reshape(-1, size)).reshape(len(A), -1, size)  # [R, K, d]
         offset = _whiten(part, b[:, columns])
         e0, e1, e2 = answer.e0[rows], answer.e1[rows], answer.e2[rows]
-        linear = torch.einsum("nrk,rkd->nd", e1, slope) + e0 @ offset
+        linear = e1.flatten(1) @ slope.flatten(0, 1) + e0 @ offset
         gram = slope @ slope.transpose(1, 2)
         square = (
             (y**2).sum(1)
             - 2 * (y * linear).sum(1)
             + torch.einsum("nrkl,rkl->n", e2, gram)
-            + 2 * torch.einsum("nrk,rkd,rd->n", e1, slope, offset)
+            # The regions first: three factors at once would go through an array [n, r, d].
+            + 2 * torch.einsum("nrk,rk->n", e1, torch.einsum("rkd,rd->rk", slope, offset))
             + e0 @ (offset**2).sum(1)
         )
         total = total.index_put(

@@ -451,11 +451,16 @@ def marginal_moments(decoder, noise_var, *, slope=0.0, max_regions=MAX_REGIONS):
     return mean[0].to(dtype), (second[0] - mean[0][:, None] * mean[0] + noise).to(dtype)
 
 
+def _output_mean(A, b, e0, e1):
+    """E[g(z)] [B, D] from region moments of z: one product, no array over data, regions and coordinates."""
+    return e1.flatten(1) @ A.transpose(1, 2).flatten(0, 1) + e0 @ b
+
+
 def _output_moments(network, codes, e0, e1, e2):
     """E[g(z)] [B, D] and E[g(z) g(z)^T] [B, D, D] from region moments of z."""
     A, b = _affine_maps(network.layers, _unit_slopes(network, codes))
     A, b = A[-1], b[-1]
-    mean = torch.einsum("rdk,nrk->nd", A, e1) + e0 @ b
+    mean = _output_mean(A, b, e0, e1)
     cross = torch.einsum("rdk,nrk,rc->ndc", A, e1, b)
     second = (
         torch.einsum("rdk,nrkl,rcl->ndc", A, e2, A)
@@ -492,7 +497,7 @@ def impute(decoder, x, noise_var, observed, *, covariance=False, chunk=None, slo
         if gain is not None:
             slope_m, offset_m = slope_m - gain @ A[:, columns], offset_m - b[:, columns] @ gain.T
         e0, e1 = answer.e0[rows], answer.e1[rows]
-        mean = torch.einsum("rdk,nrk->nd", slope_m, e1) + e0 @ offset_m
+        mean = _output_mean(slope_m, offset_m, e0, e1)
         filled[rows[:, None], missing] = mean + (known @ gain.T if gain is not None else 0.0)
         if covariance:
             e2 = answer.e2[rows]
@@ -627,7 +632,8 @@ class PiecewiseAffineGaussian(nn.Module):
         """
         network, x64, noise, mask = _prepare(self.decoder, x, self.noise_var, observed, 0.0)
         answer = _solve(network, x64, noise, mask, None, self.max_regions)
-        return _output_moments(network.plain(), answer.codes, answer.e0, answer.e1, answer.e2)[0].to(x.dtype)
+        A, b = _affine_maps(network.plain().layers, _unit_slopes(network.plain(), answer.codes))
+        return _output_mean(A[-1], b[-1], answer.e0, answer.e1).to(x.dtype)
 
     def impute(self, x, observed):
         """Fill in what was not observed by its exact posterior mean, [B, D]: see `impute`."""

@@ -180,6 +180,7 @@ def scores(log_likelihood, filled, x, test, other):
     }
 
 
+@torch.no_grad()
 def judge(decoder, noise_var, x, test, other):
     """The scores of a decoder with bends, by its regions."""
     log_likelihood = lambda data, observed=None: exact_log_likelihood(decoder, data, noise_var, observed=observed)
@@ -188,6 +189,7 @@ def judge(decoder, noise_var, x, test, other):
     return {**found, "noise_var": float(torch.as_tensor(noise_var).mean())}
 
 
+@torch.no_grad()
 def judge_linear(model, x, test, other):
     """The scores of a LinearGaussian, with any number of latents."""
     log_likelihood = lambda data, observed=None: model.log_likelihood(data, observed=observed).value
