@@ -71,9 +71,79 @@ def by_quadrature(x, A, b, cells, num_nodes):
     return np.log(total) + top[:, 0, 0], moments
 
 
+def decoder_as_torch(*sizes):
+    return [tuple(map(torch.as_tensor, layer)) for layer in decoder(*sizes)]
+
+
+def on_triangles(cells, num_nodes):
+    """Gauss-Legendre nodes [R, M, 2] and weights [R, M] on a fan of triangles of each polygon, the square folded."""
+    node, weight = np.polynomial.legendre.leggauss(num_nodes)
+    node, weight = (node + 1) / 2, weight / 2
+    p, q = (axis[..., None] for axis in np.meshgrid(node, node, indexing="ij"))
+    a, b, c = cells[:, :1], cells[:, 1:-1], cells[:, 2:]  # [R, 1 or T, 2]; the padding's triangles have no area
+    area = (b - a)[..., 0] * (c - a)[..., 1] - (b - a)[..., 1] * (c - a)[..., 0]
+    a, b, c = (corner[:, :, None, None] for corner in (a, b, c))
+    z = a + p * ((b - a) + q * (c - b))
+    weights = area[..., None, None] * np.outer(weight, weight) * p[..., 0]
+    return z.reshape(len(cells), -1, 2), weights.reshape(len(cells), -1)
+
+
+def by_plane_quadrature(x, A, b, z, weights):
+    """log p(x) [B] and first moments [B, R, 2] on nodes of every region, two latents, datum after datum."""
+    log_weight = np.log(np.maximum(weights, 1e-300)) - 0.5 * (z**2).sum(-1) - np.log(2 * np.pi)
+    mean = np.einsum("rdk,rmk->rmd", A, z) + b[:, None]
+    log_px, first = np.empty(len(x)), np.empty((len(x), len(A), 2))
+    for n, row in enumerate(x):
+        log_joint = log_weight - 0.5 * ((row - mean)**2).sum(-1) / NOISE_VAR
+        top = log_joint.max()
+        joint = np.exp(log_joint - top)
+        log_px[n] = np.log(joint.sum()) + top - 0.5 * DIM * np.log(2 * np.pi * NOISE_VAR)
+        first[n] = np.einsum("rm,rmk->rk", joint, z) / joint.sum()
+    return log_px, first
+
+
+def in_the_plane(rounds, notes):
+    """Two latents, 2-8-DIM, against quadrature on triangles, as fine as it must be for 1e-10."""
+    layers, x = decoder_as_torch(2, 8, DIM), sample(decoder(2, 8, DIM), 100, 2)
+    regions = partition(layers, box=9.0)  # the nodes need an end; beyond nine deviations there is no mass
+    A, b, cells = (np.asarray(part) for part in (regions.A, regions.b, regions.cells))
+    log_px, _, e1, _ = (part.numpy() for part in e_step(layers, torch.as_tensor(x), NOISE_VAR))
+    for num_nodes in (8, 16, 24, 32, 48, 64, 96, 128):
+        nodes = on_triangles(cells, num_nodes)
+        found = by_plane_quadrature(x[:5], A, b, *nodes)
+        if np.abs(found[0] - log_px[:5]).max() < 1e-10:
+            break
+    assert np.abs(found[1].sum(1) - e1[:5].sum(1)).max() < 1e-8
+    notes.append(f"2-8-{DIM}: {num_nodes} x {num_nodes} nodes a triangle")
+    return harness.compare(
+        {"e_step": partial(e_step, layers, torch.as_tensor(x), NOISE_VAR),
+         "quadrature to 1e-10": partial(by_plane_quadrature, x[:5], A, b, *nodes)},
+        reference="e_step", rounds=rounds, work={"e_step": 100 * len(A), "quadrature to 1e-10": 5 * len(A)})
+
+
+def growth():
+    """Seconds of one E-step as regions, data and latents grow: [{varied, latents, hidden, regions, data, seconds}]."""
+    cases = [("regions", 1, h, 200) for h in (4, 8, 16, 32, 64, 128)]
+    cases += [("regions", 2, h, 200) for h in (4, 8, 16, 32)]
+    cases += [("regions", 3, h, 1) for h in (2, 3, 4)]
+    cases += [("data", 1, 16, n) for n in (100, 1000, 10_000)] + [("data", 2, 16, n) for n in (30, 300, 3000)]
+    rows = []
+    for varied, num_latents, hidden, num_data in cases:
+        layers = decoder_as_torch(num_latents, hidden, DIM)
+        x = torch.as_tensor(sample(decoder(num_latents, hidden, DIM), num_data, num_latents))
+        seconds = []
+        for _ in range(3 if num_latents < 3 else 1):
+            start = harness.clock()
+            e_step(layers, x, NOISE_VAR)
+            seconds.append(harness.clock() - start)
+        rows.append({"varied": varied, "latents": num_latents, "hidden": hidden, "data": num_data,
+                     "regions": partition(layers).num_regions, "seconds": min(seconds)})
+    return rows
+
+
 def main():
     options = harness.arguments(rounds=9)
-    reports, notes, growth, pairs = {}, [], {}, {}
+    reports, notes, larger, pairs = {}, [], {}, {}
     for sizes in ((1, 8, 8, DIM), (1, 16, 16, DIM), (1, 32, 32, DIM)):
         net, name = decoder(*sizes), "-".join(map(str, sizes))
         x = sample(net, NUM_DATA, 1)
@@ -96,15 +166,18 @@ def main():
         title = f"{name}, {len(A)} regions, per pair"
         reports[title] = harness.compare(candidates, reference="e_step", rounds=options.rounds, work=work)
         notes.append(f"{name}: {num_nodes} nodes a region")
-        growth[f"{name}, {len(A)} regions"], pairs[f"{name}, {len(A)} regions"] = ours, NUM_DATA * len(A)
+        larger[f"{name}, {len(A)} regions"], pairs[f"{name}, {len(A)} regions"] = ours, NUM_DATA * len(A)
     net = decoder(2, 8, 8, DIM)
     layers, data = [tuple(map(torch.as_tensor, layer)) for layer in net], torch.as_tensor(sample(net, 200, 2))
     name = f"2-8-8-{DIM}, {partition(layers).num_regions} regions"
-    growth[name], pairs[name] = partial(e_step, layers, data, NOISE_VAR), 200 * partition(layers).num_regions
-    reports["e_step of larger decoders, per pair"] = harness.compare(growth, reference=next(iter(growth)),
+    larger[name], pairs[name] = partial(e_step, layers, data, NOISE_VAR), 200 * partition(layers).num_regions
+    reports["e_step of larger decoders, per pair"] = harness.compare(larger, reference=next(iter(larger)),
                                                                      rounds=options.rounds, work=pairs)
+    reports[f"2-8-{DIM}, {partition(decoder_as_torch(2, 8, DIM)).num_regions} regions, per pair"] = in_the_plane(
+        max(3, options.rounds // 3), notes)
     harness.write("region_e_step", "Exact E-step, per pair of datum and region", "at least 100 times the double loop",
-                  reports, num_data=NUM_DATA, note=f"Quadrature needs, for 1e-10 in log p(x), {'; '.join(notes)}.")
+                  reports, num_data=NUM_DATA, growth=growth(),
+                  note=f"Quadrature needs, for 1e-10 in log p(x), {'; '.join(notes)}.")
 
 
 if __name__ == "__main__":

@@ -102,6 +102,11 @@ def owens_t(h, a, num_nodes=16):
     return torch.sign(a) * torch.where(steep, complement, value)
 
 
+def _dot(a, b):
+    """Inner product over a last axis of two: a sum over so short an axis is slow."""
+    return a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1]
+
+
 def _edges(cells, factor, centre, original=None):
     """Edges of whitened polygons: tangents, outward normals, their distances h and end abscissae s1, s2; real [..,
     V]."""
@@ -113,9 +118,18 @@ def _edges(cells, factor, centre, original=None):
     real = (torch.roll(original, -1, -2) != original).any(-1) & (length > 0)
     tangent = torch.where(real[..., None], side / length.clamp_min(1e-300)[..., None], 0.0)
     normal = torch.stack([tangent[..., 1], -tangent[..., 0]], -1)
-    h = (normal * vertices).sum(-1) - (normal * centre[..., None, :]).sum(-1)
-    s1 = (tangent * vertices).sum(-1) - (tangent * centre[..., None, :]).sum(-1)
+    h = _dot(normal, vertices) - _dot(normal, centre[..., None, :])
+    s1 = _dot(tangent, vertices) - _dot(tangent, centre[..., None, :])
     return tangent, normal, h, s1, s1 + length, real
+
+
+def polygon_distance(cells, factor, centre):
+    """How far outside of whitened polygons the origin lies, at least: [N, R], the largest distance beyond an edge.
+
+    Arguments as for `polygon`; zero for polygons that hold the origin.
+    """
+    _, _, h, _, _, real = _edges(cells, factor, centre)
+    return torch.where(real, -h, 0.0).amax(-1).clamp_min(0.0)
 
 
 def _moments_from_edges(zero, tangent, normal, h, mass, left, right):
@@ -136,10 +150,12 @@ def polygon(cells, factor, centre):
     theorem.
     """
     tangent, normal, h, s1, s2, real = _edges(cells, factor, centre)
-    inside = ((h > 0) | ~real).all(-1)
     h = torch.where(real, torch.where(h == 0, 1e-300, h), 1.0)
     s1, s2 = torch.where(real, s1, 0.0), torch.where(real, s2, 0.0)
-    zero = inside.to(h) - (owens_t(h, s2 / h) - owens_t(h, s1 / h)).sum(-1)
+    # Whether the origin is inside, as the angles under which it sees the edges: they add up to one turn or none, and on
+    # an edge or a corner to the right share of a turn, where an indicator would be wrong by that share.
+    turn = (torch.atan(s2 / h) - torch.atan(s1 / h)) / (2 * math.pi)
+    zero = (turn - (owens_t(h, s2 / h) - owens_t(h, s1 / h))).sum(-1)
     density = _phi(h) * real
     moments = _moments_from_edges(
         zero, tangent, normal, h, density * (_cdf(s2) - _cdf(s1)), density * _phi(s1), density * _phi(s2)

@@ -282,52 +282,108 @@ def _chunk_rows(pieces, chunk):
     return max(1, 8_000_000 // (R * max(D, width, K * K)))
 
 
-def _far_pairs(pieces, centre, log_kappa, parts):
-    """Redo the pairs in which rounding of a polygon's mass could be seen in the evidence, by eq-ae-tail."""
-    log_scale, zero, first, second = parts
-    done = torch.zeros_like(zero, dtype=torch.bool)
+def _far_pairs(pieces, centre, n, r, log_kappa, outside, log_px, parts):
+    """Redo, in place, the pairs in which rounding of a polygon's mass could be seen in the evidence, by eq-ae-tail.
+
+    n, r [P]: the datum and the region of each pair; outside [N, R]: how far out the origin lies (where it is not, the
+    tail's formula does not hold, and is not needed); log_px: a function that adds up the pairs' evidence again.
+    """
+    done = outside[n, r] < 1e-3
     for _ in range(20):
-        log_px = torch.logsumexp(log_kappa + log_scale + torch.log(zero), 1, keepdim=True)
         # An error of 1e-16 kappa must stay below 1e-14 of the evidence.
-        todo = (log_kappa - log_px > 4) & ~done
-        if not bool(todo.any()):
+        todo = ((log_kappa[n, r] - log_px()[n] > 4) & ~done).nonzero()[:, 0]
+        if not len(todo):
             break
-        for pairs in todo.nonzero().split(20_000):
-            n, r = pairs.T
-            vertices = pieces.cells[r] @ pieces.C[r] - centre[n, r][:, None]
-            values = _normal_integrals.polygon_tail(vertices, pieces.cells[r])
-            for target, value in zip((log_scale, zero, first, second), values, strict=True):
-                target[n, r] = value
-        done |= todo
-    return log_scale, zero, first, second
+        for some in todo.split(20_000):
+            cells, C = pieces.cells[r[some]], pieces.C[r[some]]
+            vertices = cells @ C - centre[n[some], r[some]][:, None]
+            values = _normal_integrals.polygon_tail(vertices, cells)
+            for target, value in zip(parts, values, strict=True):
+                target[some] = value
+        done[todo] = True
+
+
+def _polygon_pairs(pieces, centre, log_kappa):
+    """Integrals of eq-ae-polygon-mass, -first and -second, over the polygons that can matter to a datum.
+
+    A polygon beyond one of its edges' lines at distance d has a mass below exp(-d^2 / 2). Where this bound puts the
+    pair fifty nats under the datum's evidence, it is left out: among R regions that changes the evidence by less than
+    R exp(-50). Returns n, r [P] and the parts (log_scale, zero, first, second) of each pair, [P, ...].
+    """
+    outside = _normal_integrals.polygon_distance(pieces.cells, pieces.C, centre)
+    reach = log_kappa - 0.5 * outside**2
+    # First the best by this bound, for a lower bound of the evidence; then all that this does not rule out.
+    wanted = reach >= reach.amax(1, keepdim=True) - 3
+    n = r = torch.zeros(0, dtype=torch.long, device=centre.device)
+    parts = (reach.new_zeros(0), reach.new_zeros(0), reach.new_zeros(0, 2), reach.new_zeros(0, 2, 2))
+    for _ in range(2):
+        new_n, new_r = wanted.nonzero().T
+        zero, first, second = _normal_integrals.polygon(
+            pieces.cells[new_r], pieces.C[new_r], centre[new_n, new_r]
+        )
+        n, r = torch.cat([n, new_n]), torch.cat([r, new_r])
+        new = (torch.zeros_like(zero), zero, first, second)
+        parts = tuple(torch.cat(both) for both in zip(parts, new, strict=True))
+
+        def log_px(n=n, r=r, parts=parts):
+            weight = torch.full_like(log_kappa, -torch.inf)
+            weight[n, r] = log_kappa[n, r] + parts[0] + torch.log(parts[1])
+            return torch.logsumexp(weight, 1)
+
+        _far_pairs(pieces, centre, n, r, log_kappa, outside, log_px, parts)
+        seen = torch.zeros_like(wanted)
+        seen[n, r] = True
+        wanted = (reach > log_px()[:, None] - 50) & ~seen
+        if not bool(wanted.any()):
+            break
+    return n, r, parts
+
+
+def _spread(n, r, like, values):
+    """Values [P, ...] of the pairs (n, r), in an array [N, R, ...] of zeros."""
+    full = values.new_zeros(*like.shape[:2], *values.shape[1:])
+    full[n, r] = values
+    return full
 
 
 def _posterior_of(pieces, y, top=None):
-    """E-step of some rows: (log_px, e0, e1, e2, log_weights), eq-ae-evidence and eq-ae-moments."""
+    """E-step of some rows: (log_px, e0, e1, e2), eq-ae-evidence and eq-ae-moments."""
     r = y[:, None] - pieces.b
-    projected = torch.einsum("nrd,rdk->nrk", r, pieces.A)
-    centre = torch.linalg.solve_triangular(pieces.C, projected[..., None], upper=False)[..., 0]
+    identity = torch.eye(pieces.C.shape[-1], dtype=y.dtype, device=y.device)
+    inverse = torch.linalg.solve_triangular(pieces.C, identity.expand_as(pieces.C), upper=False)
+    centre = torch.einsum("nrd,rkd->nrk", r, inverse @ pieces.A.transpose(1, 2))
     # Back to z: mu = C^-T centre.
-    mean = torch.linalg.solve_triangular(pieces.C.transpose(1, 2), centre[..., None], upper=True)[..., 0]
+    mean = torch.einsum("nrk,rkl->nrl", centre, inverse)
     residual = r - torch.einsum("rdk,nrk->nrd", pieces.A, mean)
     log_kappa = -0.5 * ((residual**2).sum(-1) + (mean**2).sum(-1)) - torch.log(pieces.C.diagonal(dim1=1, dim2=2)).sum(1)
-    parts = _integrals(pieces.cells, pieces.C, centre)
-    if not isinstance(pieces.cells, list) and pieces.A.shape[-1] == 2:
-        parts = _far_pairs(pieces, centre, log_kappa, parts)
-    log_scale, zero, first, second = parts
-    log_weight = log_kappa + log_scale + torch.log(zero)
+    planar = not isinstance(pieces.cells, list) and pieces.A.shape[-1] == 2
+    if planar:
+        where, which, parts = _polygon_pairs(pieces, centre, log_kappa)
+        log_scale, zero, first, second = parts
+        log_weight = torch.full_like(log_kappa, -torch.inf)
+        log_weight[where, which] = log_kappa[where, which] + log_scale + torch.log(zero)
+    else:
+        log_scale, zero, first, second = _integrals(pieces.cells, pieces.C, centre)
+        log_weight = log_kappa + log_scale + torch.log(zero)
     if top is not None and top < log_weight.shape[1]:  # keep the best regions alone
         weakest = log_weight.topk(top, dim=1).values[:, -1:]
         log_weight = torch.where(log_weight >= weakest, log_weight, -torch.inf)
     log_px = torch.logsumexp(log_weight, 1)
-    alpha = torch.where(torch.isfinite(log_weight), torch.exp(log_kappa + log_scale - log_px[:, None]), 0.0)
+    kept = torch.isfinite(log_weight)
+    if planar:
+        kept, mean, inverse = kept[where, which], mean[where, which], inverse[which]
+        log_alpha = log_kappa[where, which] + log_scale - log_px[where]
+    else:
+        log_alpha = log_kappa + log_scale - log_px[:, None]
+    alpha = torch.where(kept, torch.exp(log_alpha), 0.0)
     e0 = alpha * zero
-    back = lambda t: torch.linalg.solve_triangular(pieces.C.transpose(1, 2), t, upper=True)
-    shift = alpha[..., None] * back(first[..., None])[..., 0]
-    spread = alpha[..., None, None] * back(back(second).transpose(-1, -2))
+    shift = alpha[..., None] * (first[..., None, :] @ inverse)[..., 0, :]
+    spread = alpha[..., None, None] * (inverse.transpose(-1, -2) @ second @ inverse)
     e1 = e0[..., None] * mean + shift
     cross = mean[..., :, None] * shift[..., None, :]
     e2 = e0[..., None, None] * mean[..., :, None] * mean[..., None, :] + cross + cross.transpose(-1, -2) + spread
+    if planar:
+        e0, e1, e2 = (_spread(where, which, log_weight, e) for e in (e0, e1, e2))
     return log_px, e0, e1, e2
 
 
@@ -430,13 +486,14 @@ def _expected_log_density(network, x, noise, observed, answer):
         slope = _whiten(part, A[:, columns].transpose(1, 2).reshape(-1, size)).reshape(len(A), -1, size)  # [R, K, d]
         offset = _whiten(part, b[:, columns])
         e0, e1, e2 = answer.e0[rows], answer.e1[rows], answer.e2[rows]
-        linear = torch.einsum("nrk,rkd->nd", e1, slope) + e0 @ offset
+        linear = e1.flatten(1) @ slope.flatten(0, 1) + e0 @ offset
         gram = slope @ slope.transpose(1, 2)
         square = (
             (y**2).sum(1)
             - 2 * (y * linear).sum(1)
             + torch.einsum("nrkl,rkl->n", e2, gram)
-            + 2 * torch.einsum("nrk,rkd,rd->n", e1, slope, offset)
+            # The regions first: three factors at once would go through an array [n, r, d].
+            + 2 * torch.einsum("nrk,rk->n", e1, torch.einsum("rkd,rd->rk", slope, offset))
             + e0 @ (offset**2).sum(1)
         )
         total = total.index_put(

@@ -17,8 +17,10 @@ import math
 from typing import NamedTuple
 
 import torch
+from scipy.optimize import nnls
+from torch import nn
 
-from dlgm_tutorial import _normal_integrals
+from dlgm_tutorial import _normal_integrals, _regions
 from dlgm_tutorial._region_em import EMResult, Statistics, collect_statistics, fit_em, m_step_direction
 from dlgm_tutorial._region_posterior import (
     BOX,
@@ -42,10 +44,13 @@ from dlgm_tutorial._region_posterior import (
     _unit_slopes,
     _whiten,
 )
+from dlgm_tutorial.evaluation import Estimate
+from dlgm_tutorial.networks import mlp
 
 __all__ = [
     "EMResult",
     "ExactPosterior",
+    "PiecewiseAffineGaussian",
     "Regions",
     "Statistics",
     "collect_statistics",
@@ -190,26 +195,49 @@ class ExactPosterior:
     def sample(self, num, *, generator=None):
         """Draw num independent samples of each posterior, [num, B, K]: exact, no chain.
 
-        A region by its weight, then a truncated normal: K = 1 by inverting its distribution function,
-        K = 2 by rejection
-        from the box around the whitened polygon. Raises NotImplementedError for K >= 3.
+        A region by its weight, then a truncated normal: K = 1 by inverting its distribution function, K >= 2 by
+        rejection from a box around the whitened cell (K >= 3: one cell after another, slow).
         """
-        if self._network.num_latents > 2:
-            raise NotImplementedError("sample is for decoders with one or two latents; use mcmc for more")
-        answer, device = self._answer, self._x.device
-        uniform = lambda *shape: torch.rand(*shape, generator=generator, dtype=torch.float64, device=device)
-        region = torch.multinomial(answer.e0, num, replacement=True, generator=generator).T  # [num, B]
+        shape = (num, *self.mean.shape[:1])
+        uniform = lambda *size: torch.rand(*size, generator=generator, dtype=torch.float64, device=self._x.device)
+        return self._draw(uniform(*shape), uniform)
+
+    def rsample(self, sample_shape=(), *, noise=None):
+        """Draw samples, [*sample_shape, B, K]: `sample` with the shape that torch's distributions take.
+
+        noise: uniform numbers [*sample_shape, B, 2] that decide the draws, for K = 1 only (more latents reject, and
+        cannot say beforehand how many they need). No gradient passes through a draw. Raises ValueError.
+        """
+        (B, K), sample_shape = self.mean.shape, tuple(sample_shape)
+        num = math.prod(sample_shape)
+        if noise is None:
+            return self.sample(num).reshape(*sample_shape, B, K)
+        if K != 1 or noise.shape != (*sample_shape, B, 2):
+            raise ValueError(
+                f"noise must have shape {[*sample_shape, B, 2]}, for one latent alone, got {list(noise.shape)} "
+                f"and {K} latents"
+            )
+        noise = noise.reshape(num, B, 2).double()
+        return self._draw(noise[..., 0], lambda *size: noise[..., 1]).reshape(*sample_shape, B, 1)
+
+    def _draw(self, choice, uniform):
+        """Samples [num, B, K] from uniform numbers that choose the region [num, B], and a function that gives more."""
+        answer = self._answer
+        bins = torch.cumsum(answer.e0, 1)
+        region = torch.searchsorted(bins, (choice * bins[:, -1]).T.contiguous(), right=True).T
+        region = region.clamp_max(self.num_regions - 1)
         pieces, centre = self._gaussians(region)
         C = pieces.C[region]
-        cells = answer.cells[region]
         if self._network.num_latents == 1:
+            cells = answer.cells[region]
             low, high = (C[..., 0, 0] * cells[..., i] - centre[..., 0] for i in (0, 1))
             u = _truncated_normal(low, high, uniform(*region.shape))[..., None]
+        elif self._network.num_latents == 2:
+            u = _normal_in_polygons(answer.cells[region], C, centre, uniform)
         else:
-            u = _normal_in_polygons(cells, C, centre, uniform)
-        return torch.linalg.solve_triangular(C.transpose(-1, -2), (u + centre)[..., None], upper=True)[..., 0].to(
-            self._dtype
-        )
+            u = _normal_in_polytopes(answer.cells, region, C, centre, uniform)
+        z = torch.linalg.solve_triangular(C.transpose(-1, -2), (u + centre)[..., None], upper=True)[..., 0]
+        return z.to(self._dtype)
 
     def _gaussians(self, region):
         """Pieces, and the whitened posterior mean of the piece of each drawn region: [num, B, K]."""
@@ -231,7 +259,7 @@ class ExactPosterior:
 def _truncated_normal(low, high, u):
     """Quantile u of the standard normal on [low, high]: by the inverse survival function, in the tail by bisection."""
     flip = low + high < 0
-    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    low, high, u = torch.where(flip, -high, low), torch.where(flip, -low, high), torch.where(flip, 1 - u, u)
     survival = lambda t: 0.5 * torch.special.erfc(t / math.sqrt(2.0))
     quantile = -torch.special.ndtri(survival(low) - u * (survival(low) - survival(high)))
     tail = low > 5
@@ -278,6 +306,43 @@ def _normal_in_polygons(cells, C, centre, uniform):
         if not len(todo):
             return (rotation @ draw[..., None])[..., 0].reshape(*shape, 2)
     raise RuntimeError(f"sample: {len(todo)} draws were not accepted in 10000 rounds")
+
+
+def _normal_in_polytopes(cells, region, C, centre, uniform):
+    """Standard normal draws u = C^T z - centre within polytopes of three and more dimensions, [num, B, K]."""
+    u = torch.zeros_like(centre)
+    for n in range(region.shape[1]):
+        for r in region[:, n].unique().tolist():
+            rows = (region[:, n] == r).nonzero()[:, 0]
+            factor, shift = C[rows[0], n], centre[rows[0], n]
+            normals, offsets = cells[r]
+            corners = torch.as_tensor(_regions.vertices(normals, offsets)[1], device=u.device) @ factor - shift
+            turned = torch.linalg.solve_triangular(factor, normals.T, upper=False).T  # normals C^-T
+            u[rows, n] = _normal_in_polytope(turned, offsets + turned @ shift, corners, len(rows), uniform)
+    return u
+
+
+def _normal_in_polytope(normals, offsets, corners, num, uniform):
+    """num standard normal draws with normals u + offsets >= 0, by rejection from a box turned to the nearest point."""
+    K = normals.shape[1]
+    # The nearest point, a least-distance problem, by non-negative least squares (Lawson and Hanson 1974, chapter 23).
+    system = torch.cat([normals.T, -offsets[None]]).cpu().numpy()
+    target = torch.eye(K + 1, dtype=torch.float64)[-1].numpy()
+    rest = system @ nnls(system, target)[0] - target
+    nearest = torch.as_tensor(-rest[:K] / rest[K], device=normals.device)
+    identity = torch.eye(K, dtype=torch.float64, device=normals.device)
+    axis = nearest if float(nearest.norm()) > 1e-9 else identity[0]
+    rotation = torch.linalg.qr(torch.cat([axis[:, None], identity], 1))[0]  # columns: the new axes
+    turned = corners @ rotation
+    low, high = (end.expand(2 * num + 64, K) for end in (turned.amin(0), turned.amax(0)))
+    kept, count = [], 0
+    for _ in range(10_000):
+        u = _truncated_normal(low, high, uniform(*low.shape)) @ rotation.T
+        kept.append(u[(u @ normals.T + offsets >= 0).all(1)])
+        count += len(kept[-1])
+        if count >= num:
+            return torch.cat(kept)[:num]
+    raise RuntimeError(f"sample: {num - count} draws were not accepted in 10000 rounds")
 
 
 def exact_posterior(decoder, x, noise_var, *, observed=None, chunk=None, slope=0.0, max_regions=MAX_REGIONS):
@@ -386,11 +451,16 @@ def marginal_moments(decoder, noise_var, *, slope=0.0, max_regions=MAX_REGIONS):
     return mean[0].to(dtype), (second[0] - mean[0][:, None] * mean[0] + noise).to(dtype)
 
 
+def _output_mean(A, b, e0, e1):
+    """E[g(z)] [B, D] from region moments of z: one product, no array over data, regions and coordinates."""
+    return e1.flatten(1) @ A.transpose(1, 2).flatten(0, 1) + e0 @ b
+
+
 def _output_moments(network, codes, e0, e1, e2):
     """E[g(z)] [B, D] and E[g(z) g(z)^T] [B, D, D] from region moments of z."""
     A, b = _affine_maps(network.layers, _unit_slopes(network, codes))
     A, b = A[-1], b[-1]
-    mean = torch.einsum("rdk,nrk->nd", A, e1) + e0 @ b
+    mean = _output_mean(A, b, e0, e1)
     cross = torch.einsum("rdk,nrk,rc->ndc", A, e1, b)
     second = (
         torch.einsum("rdk,nrkl,rcl->ndc", A, e2, A)
@@ -427,7 +497,7 @@ def impute(decoder, x, noise_var, observed, *, covariance=False, chunk=None, slo
         if gain is not None:
             slope_m, offset_m = slope_m - gain @ A[:, columns], offset_m - b[:, columns] @ gain.T
         e0, e1 = answer.e0[rows], answer.e1[rows]
-        mean = torch.einsum("rdk,nrk->nd", slope_m, e1) + e0 @ offset_m
+        mean = _output_mean(slope_m, offset_m, e0, e1)
         filled[rows[:, None], missing] = mean + (known @ gain.T if gain is not None else 0.0)
         if covariance:
             e2 = answer.e2[rows]
@@ -461,3 +531,110 @@ def num_parameters(decoder, noise="isotropic", *, slope=0.0):
         raise ValueError(f"noise must be one of {sorted(noises)}, got {noise!r}")
     hidden = sum(len(leak) for leak in network.leaks)
     return sum(W.numel() + b.numel() for W, b in network.layers) + noises[noise] - hidden - K * (K - 1) // 2
+
+
+# --- The model contract
+
+
+class PiecewiseAffineGaussian(nn.Module):
+    """A decoder with bends, a standard normal prior and Gaussian noise, in the contract of all models: all exact.
+
+    From sizes (data_dim, latent_dim, hidden_dims; leaky ReLUs of this slope), or around a decoder, an nn.Sequential as
+    everywhere in this module, used as it is, and not trained with freeze_decoder=True. noise_var: a number or [D].
+    `bound` is log p(x) itself, so that `training.fit` maximises the exact likelihood; `fit_em` is the other way.
+    With one or two latents; three and more are slow. Methods that take observed take a mask, [B, D] or [D].
+
+    >>> model = PiecewiseAffineGaussian(decoder=nn.Linear(1, 1), noise_var=1.0)
+    >>> model.log_likelihood(torch.zeros(1, 1)).standard_error
+    tensor([0.])
+    """
+
+    def __init__(
+        self,
+        data_dim=None,
+        latent_dim=None,
+        hidden_dims=None,
+        *,
+        decoder=None,
+        noise_var=1.0,
+        slope=0.1,
+        freeze_decoder=False,
+        max_regions=MAX_REGIONS,
+    ):
+        super().__init__()
+        if (decoder is None) == (data_dim is None or latent_dim is None or hidden_dims is None):
+            raise ValueError("give either decoder, or all of data_dim, latent_dim and hidden_dims")
+        if decoder is None:
+            decoder = mlp([latent_dim, *hidden_dims, data_dim], lambda: nn.LeakyReLU(slope))
+        if not isinstance(decoder, nn.Module):
+            raise TypeError(f"decoder must be an nn.Module, got {type(decoder).__name__}")
+        network = _read(decoder, slope)
+        like = network.layers[-1][1]
+        self.data_dim, self.latent_dim, self.max_regions = len(like), network.num_latents, max_regions
+        noise = _check_noise(noise_var, self.data_dim, like).detach()
+        if noise.ndim == 2:
+            raise ValueError(f"noise_var must be a number or [{self.data_dim}], got {list(noise.shape)}")
+        self.decoder = decoder.requires_grad_(not freeze_decoder)
+        self.log_noise_var = nn.Parameter(noise.log().to(network.dtype), requires_grad=not freeze_decoder)
+
+    @property
+    def noise_var(self):
+        """Variance of the noise, a number or [D]."""
+        return self.log_noise_var.exp()
+
+    def log_joint(self, x, z, *, coordinates="noise"):
+        """Evaluate log p(x, z): x [B, D], z [S, B, K] -> [S, B], nats; both coordinates are the same, for one layer."""
+        if coordinates not in ("noise", "state"):
+            raise ValueError(f"coordinates must be 'noise' or 'state', got {coordinates!r}")
+        if z.ndim != 3 or z.shape[1:] != (len(x), self.latent_dim):
+            raise ValueError(f"z must have shape [S, {len(x)}, {self.latent_dim}], got {list(z.shape)}")
+        noise_var = self.noise_var.expand(self.data_dim)
+        square = ((x - self.decoder(z)) ** 2 / noise_var + torch.log(noise_var) + LOG_2PI).sum(-1)
+        return -0.5 * (square + (z**2 + LOG_2PI).sum(-1))
+
+    def posterior(self, x, observed=None):
+        """Return p(z | x) as an `ExactPosterior`: x [B, D]."""
+        return exact_posterior(self.decoder, x, self.noise_var, observed=observed, max_regions=self.max_regions)
+
+    def noise_spec(self, batch_size, num_samples=1):
+        """Return {}: the bound of this model needs no noise."""
+        return {}
+
+    def bound(self, x, *, num_samples=1, noise=None, generator=None, observed=None):
+        """Evaluate what training maximises: log p(x) itself, eq-ae-evidence, with its exact gradient; [B, D] -> [B]."""
+        options = {"observed": observed, "max_regions": self.max_regions}
+        return exact_log_likelihood(self.decoder, x, self.noise_var, **options)
+
+    def log_likelihood(self, x, num_samples=None, *, proposal=None, generator=None, chunk=None, observed=None):
+        """Evaluate log p(x), exactly: x [B, D] -> Estimate of value [B], standard_error zero, ess one.
+
+        num_samples, proposal and generator are there for the contract and change nothing; chunk: data at a time.
+        """
+        options = {"observed": observed, "chunk": chunk, "max_regions": self.max_regions}
+        value = exact_log_likelihood(self.decoder, x, self.noise_var, **options)
+        return Estimate(value, torch.zeros_like(value), torch.ones_like(value))
+
+    def sample_latents(self, num, *, generator=None):
+        """Draw z from the prior, [num, K]."""
+        like = self.log_noise_var
+        return torch.randn(num, self.latent_dim, generator=generator, dtype=like.dtype, device=like.device)
+
+    def sample(self, num, *, generator=None):
+        """Draw x from the model, noise included, [num, D]."""
+        mean = self.decoder(self.sample_latents(num, generator=generator))
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+        return mean + self.noise_var.sqrt() * noise
+
+    def reconstruct(self, x, *, num_samples=1, generator=None, observed=None):
+        """Return the mean of p(x' | z) over the exact posterior, [B, D], whatever num_samples is.
+
+        Where a coordinate was not observed this is its conditional mean given those that were.
+        """
+        network, x64, noise, mask = _prepare(self.decoder, x, self.noise_var, observed, 0.0)
+        answer = _solve(network, x64, noise, mask, None, self.max_regions)
+        A, b = _affine_maps(network.plain().layers, _unit_slopes(network.plain(), answer.codes))
+        return _output_mean(A[-1], b[-1], answer.e0, answer.e1).to(x.dtype)
+
+    def impute(self, x, observed):
+        """Fill in what was not observed by its exact posterior mean, [B, D]: see `impute`."""
+        return impute(self.decoder, x, self.noise_var, observed, max_regions=self.max_regions)

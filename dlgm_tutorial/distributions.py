@@ -20,6 +20,11 @@ def _require(ok, message):
         raise ValueError(message)
 
 
+def _all_finite(value):
+    """True without NaN or infinity. One of them makes the sum not finite, so that one pass settles most cases."""
+    return math.isfinite(value.detach().sum()) or bool(torch.isfinite(value).all())
+
+
 def _shape(tensor):
     return list(tensor.shape)
 
@@ -48,7 +53,7 @@ class _Reparameterised(Distribution):
         if self._validate_args and not torch.compiler.is_compiling() and not (
                 first.is_cuda and torch.cuda.is_current_stream_capturing()):
             for name, value in parameters.items():
-                _require(bool(torch.isfinite(value).all()), f"{name} must be finite, got NaN or infinity")
+                _require(_all_finite(value), f"{name} must be finite, got NaN or infinity")
             self._check_parameters()
 
     def _check_parameters(self):

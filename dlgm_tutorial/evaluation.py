@@ -9,6 +9,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy import stats
 from torch.distributions import transform_to
@@ -16,9 +17,9 @@ from torch.distributions import transform_to
 from dlgm_tutorial.distributions import DiagonalNormal
 from dlgm_tutorial.mcmc import fresh_noise, hmc_step, init, langevin_step, mala_step
 
-__all__ = ["Calibration", "Estimate", "Gaps", "GridPosterior", "estimate", "fit_posterior", "inference_gaps",
-           "knn_error", "log_likelihood_ais", "log_likelihood_is", "posterior_on_grid", "quasi_normal",
-           "reconstruction_error", "simulation_based_calibration"]
+__all__ = ["Calibration", "Estimate", "Gaps", "GridPosterior", "RankCorrelation", "estimate", "fit_posterior",
+           "inference_gaps", "knn_error", "log_likelihood_ais", "log_likelihood_is", "posterior_on_grid",
+           "quasi_normal", "rank_correlation", "reconstruction_error", "simulation_based_calibration"]
 
 
 class Estimate(NamedTuple):
@@ -264,26 +265,47 @@ class Gaps(NamedTuple):
     kl_to_posterior: torch.Tensor | None = None
 
 
-def inference_gaps(model, x, *, log_likelihood=None, best_bound=None, num_samples=256, num_steps=300, lr=0.1, seed=0):
+def inference_gaps(model, x, *, log_likelihood=None, best_bound=None, num_samples=256, num_steps=300, lr=0.1, seed=0,
+                   posterior=None, starts=None, num_judged=None, chunk=None):
     """Split log p(x) - bound into approximation gap and amortization gap -> Gaps, each [B].
 
     model: posterior, and log_joint or bound; x: [B, D]; log_likelihood: [B] or Estimate (default model.log_likelihood).
     A posterior made of `distributions`' normals is improved by `fit_posterior` (num_samples, num_steps, lr,
     seed), and both bounds are taken at the same points, so that amortization is never negative. For other posteriors
     give best_bound [B], the best of the family by other means. Source: Cremer, Li and Duvenaud 2018.
+
+    posterior: maps x to the q whose bound is split (default model.posterior); starts: maps x to a list of further
+    normals of q's family from which the search begins too: the best of all ends counts. num_judged: take both bounds
+    at so many fresh points instead: with few points for the search, an optimum fits them, and its bound is too high on
+    them. chunk: examples at once.
     """
     _check_data(x)
+    if chunk is not None:
+        _check_positive(chunk=chunk)
+        value = getattr(log_likelihood, "value", log_likelihood)
+        pick = lambda v, i: None if v is None else v[i:i + chunk]
+        parts = [inference_gaps(model, rows, log_likelihood=pick(value, i * chunk), num_samples=num_samples,
+                                best_bound=pick(best_bound, i * chunk), num_steps=num_steps, lr=lr, seed=seed,
+                                posterior=posterior, starts=starts, num_judged=num_judged)
+                 for i, rows in enumerate(x.split(chunk))]
+        return Gaps(*(None if v[0] is None else torch.cat(v) for v in zip(*parts, strict=True)))
     with torch.no_grad():
         log_likelihood = model.log_likelihood(x) if log_likelihood is None else log_likelihood
         log_likelihood = getattr(log_likelihood, "value", log_likelihood).to(x.device)
-        q = model.posterior(x)
+        q = (posterior or model.posterior)(x)
     if all(hasattr(layer, "loc") and hasattr(layer, "kl_to_standard") for layer in _layers(q)):
         log_joint = lambda z: model.log_joint(x, z)
         with torch.no_grad():
-            bound = _elbo(log_joint, q, _points(q, num_samples, seed))
+            judged = _points(q, num_judged or num_samples, seed + (num_judged is not None))
+            bound = _elbo(log_joint, q, judged)
+            begin = [q, *(starts(x) if starts else [])]
         kl = log_likelihood - bound
         if best_bound is None:
-            _, best_bound = fit_posterior(log_joint, q, num_samples=num_samples, num_steps=num_steps, lr=lr, seed=seed)
+            found = [fit_posterior(log_joint, one, num_samples=num_samples, num_steps=num_steps, lr=lr, seed=seed)
+                     for one in begin]
+            with torch.no_grad():
+                ends = [value if num_judged is None else _elbo(log_joint, one, judged) for one, value in found]
+            best_bound = torch.stack(ends).amax(0)
     else:
         with torch.no_grad():
             bound = model.bound(x, num_samples=num_samples) if hasattr(model, "bound") else None
@@ -294,6 +316,40 @@ def inference_gaps(model, x, *, log_likelihood=None, best_bound=None, num_sample
     approximation = None if best_bound is None else log_likelihood - best_bound
     amortization = None if best_bound is None or bound is None else best_bound - bound
     return Gaps(log_likelihood, bound, approximation, amortization, kl)
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's rank correlation and its bootstrap standard error, numbers."""
+
+    value: float
+    standard_error: float
+
+
+def rank_correlation(a, b, *, num_bootstrap=200, seed=0):
+    """Correlate the ranks of a [N] and b [N] (Spearman) -> RankCorrelation, in [-1, 1]; ties get their mean rank.
+
+    num_bootstrap: resamples of the pairs for the standard error; seed: of the resamples.
+    Raises ValueError for fewer than three pairs, values that are not finite, or a constant array.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 8.0, 27.0]), num_bootstrap=0).value
+    1.0
+    """
+    a, b = (np.asarray(v.detach().cpu() if torch.is_tensor(v) else v, float) for v in (a, b))
+    if a.ndim != 1 or a.shape != b.shape or len(a) < 3:
+        raise ValueError(f"a and b must be arrays [N] of one length of at least 3, got {a.shape} and {b.shape}")
+    for name, value in (("a", a), ("b", b)):
+        if not np.isfinite(value).all() or np.ptp(value) == 0:
+            raise ValueError(f"{name} must be finite and not constant")
+    both = np.stack([stats.rankdata(a), stats.rankdata(b)])
+    value = float(np.corrcoef(both)[0, 1])
+    if num_bootstrap < 2:
+        return RankCorrelation(value, math.nan)
+    rows = np.random.default_rng(seed).integers(len(a), size=(num_bootstrap, len(a)))
+    ranks = stats.rankdata(np.stack([a[rows], b[rows]]), axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
+    spread = np.sqrt((ranks**2).sum(-1).prod(0))
+    values = np.divide((ranks[0] * ranks[1]).sum(-1), spread, out=np.zeros(num_bootstrap), where=spread > 0)
+    return RankCorrelation(value, float(values.std(ddof=1)))
 
 
 class Calibration(NamedTuple):

@@ -21,6 +21,13 @@ def _sum(log_prob, observed):
     return log_prob.sum(-1)
 
 
+def _binary(x):
+    """True where all entries are exactly 0 or 1; NaN and infinity are neither."""
+    low, high = torch.aminmax(x)
+    # Between 0 and 1 no term x (1 - x) is negative: their sum is zero only if each of them is.
+    return bool((low >= 0) & (high <= 1) & (torch.dot(x.reshape(-1), (1 - x).reshape(-1)) == 0))
+
+
 class Bernoulli:
     """Independent binary pixels, given by their logits.
 
@@ -46,12 +53,13 @@ class Bernoulli:
         _check_data(x, self.logits, "logits")
         if observed is not None:
             x = torch.where(observed, x, torch.zeros_like(x))
-        if self.validate and torch.count_nonzero(x * (x - 1)):  # NaN and infinity count too
+        if self.validate and not _binary(x):
             raise ValueError("x must be 0 or 1 for a Bernoulli likelihood, got values from "
                              f"{x.min().item():g} to {x.max().item():g}: binarise the data")
         # log sigmoid(v) = -softplus(-v): torch's softplus is three times as fast as its logsigmoid on a CPU. Beyond its
         # threshold it returns the argument, at 50 without error.
-        return -_sum(F.softplus((1 - 2 * x) * self.logits, threshold=50.0), observed)
+        sign = torch.sub(x.new_ones(()), x, alpha=2)
+        return -_sum(F.softplus(sign * self.logits, threshold=50.0), observed)
 
     def sample(self, *, noise=None, generator=None):
         """Draw pixels, [..., D]: 1 where uniform noise [..., D] is below the mean."""

@@ -122,12 +122,14 @@ def expected_log1m(a, b):
     True
     """
     inside = (a >= INSIDE[0][0]) & (a <= INSIDE[0][1]) & (b >= INSIDE[1][0]) & (b <= INSIDE[1][1])
+    everywhere = bool(inside.all())
     one = torch.ones_like(a)
+    a_in, b_in = (a, b) if everywhere else (torch.where(inside, a, one), torch.where(inside, b, one))
     log_s, weight = _rule("inside", a.device)
-    a_in, b_in = torch.where(inside, a, one)[..., None], torch.where(inside, b, one)[..., None]
-    log_t = log_s / b_in
-    value = ((_log1m_v(log_t, a_in) - log_t) * weight).sum(-1) - 1 / b_in[..., 0]
-    if bool(inside.all()):
+    log_t = log_s / b_in[..., None]  # above -180: t does not underflow
+    rest = -torch.expm1(torch.log1p(-log_t.exp()) / a_in[..., None])  # 1 - v
+    value = ((rest.log() - log_t) * weight).sum(-1) - 1 / b_in
+    if everywhere:
         return value
     log_s, weight = _rule("outside", a.device)
     outer = (_log1m_v(log_s / b[~inside][..., None], a[~inside][..., None]) * weight).sum(-1)
@@ -472,8 +474,13 @@ def factor_mixture_log_likelihood(x, weight, bias, noise_var, log_weights, prior
     """Log-likelihood of factor mixture analysis, eq-mx-fma: a linear decoder under a mixture prior, exact.
 
     x [B, D], weight [D, K], bias [D], noise_var [D]; log_weights [C], prior_loc and prior_scale [C, K].
-    Returns (log p(x) [B], responsibilities [B, C]) (Montanari and Viroli 2010).
+    Returns (log p(x) [B], responsibilities [B, C]) (Montanari and Viroli 2010). Raises ValueError for weights that do
+    not sum to one and for variances or scales that are not positive.
     """
+    total = torch.logsumexp(log_weights, -1)
+    _require(bool(total.abs() < 1e-3), lambda: f"weights must sum to one, got a sum of {total.exp().item():g}")
+    for name, value in (("noise_var", noise_var), ("prior_scale", prior_scale)):
+        _require(bool((value > 0).all()), lambda n=name, v=value: f"{n} must be positive, got {v.min().item():g}")
     scaled = weight * prior_scale[:, None, :]  # [C, D, K]
     cov = scaled @ scaled.mT + torch.diag(noise_var)
     law = torch.distributions.MultivariateNormal(prior_loc @ weight.T + bias, cov)

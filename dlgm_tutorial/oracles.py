@@ -8,14 +8,14 @@ import itertools
 
 import mpmath
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
-__all__ = ["beta_kl", "condition_gaussian", "finite_difference", "gauss_hermite",
-           "gauss_hermite_nodes", "gaussian_kl", "gaussian_log_density",
+__all__ = ["averaged_normal_log_density", "best_gaussian_1d", "beta_kl", "condition_gaussian", "finite_difference",
+           "gauss_hermite", "gauss_hermite_nodes", "gaussian_bound_1d", "gaussian_kl", "gaussian_log_density",
            "gaussian_path_density", "grid_posterior", "kumaraswamy_beta_kl",
-           "kumaraswamy_log_density", "kumaraswamy_nodes", "langevin_chain_law", "linear_gaussian_evidence",
-           "linear_gaussian_posterior", "log_mean_exp", "log_normal", "mixture_bounds_1d",
-           "relu_marginal", "relu_network"]
+           "kumaraswamy_log_density", "kumaraswamy_nodes", "langevin_chain_law", "linear_gaussian_bound",
+           "linear_gaussian_evidence", "linear_gaussian_posterior", "log_mean_exp", "log_normal", "mixture_bounds_1d",
+           "quadratic_log_joint", "relu_marginal", "relu_network"]
 
 
 def gaussian_log_density(x, mean, cov):
@@ -396,3 +396,53 @@ def relu_marginal(layers, x, noise_var, slope=0.0, panels=20, reach=9.0, outer=(
     net = [(np.asarray(W, float), np.asarray(b, float)) for W, b in layers]
     top, mass, first, second = integrate(net, [])
     return top + np.log(mass), first / mass, second / mass
+
+
+# --- Chapter 4: the two gaps, and posteriors averaged over encoders
+
+def quadratic_log_joint(x, z, noise_var=0.25):
+    """log p(x, z) for z ~ N(0, 1) and x = (z, z^2 / 2) + N(0, noise_var I): x [2], z [...] -> [...]."""
+    squares = (x[0] - z) ** 2 + (x[1] - 0.5 * z**2) ** 2
+    return -0.5 * (squares / noise_var + 2 * np.log(2 * np.pi * noise_var) + z**2 + np.log(2 * np.pi))
+
+
+def gaussian_bound_1d(log_joint, mean, var, num_nodes=60):
+    """E_q log_joint(z) + entropy of q = N(mean, var), by Gauss-Hermite with num_nodes nodes.
+
+    log_joint maps z [N] to [N] (one latent); mean, var: numbers.
+    """
+    nodes, weights = special.roots_hermitenorm(num_nodes)
+    expected = weights @ log_joint(mean + np.sqrt(var) * nodes) / weights.sum()
+    return expected + 0.5 * np.log(2 * np.pi * np.e * var)
+
+
+def best_gaussian_1d(log_joint, mean=0.0, log_var=0.0):
+    """The normal of the highest bound: (mean, var, bound), by the simplex method of Nelder and Mead.
+
+    log_joint maps z [N] to [N] (one latent); mean, log_var: numbers, where the search starts.
+    """
+    f = lambda v: -gaussian_bound_1d(log_joint, v[0], np.exp(v[1]))
+    v = optimize.minimize(f, [mean, log_var], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}).x
+    return v[0], np.exp(v[1]), -f(v)
+
+
+def averaged_normal_log_density(z, mean_f, mean_g, var_f, var_g):
+    """log E N(z; mean_f, var_f + exp(g)), g ~ N(mean_g, var_g), by tanh-sinh quadrature in mpmath.
+
+    All arguments are numbers; arrays [...] are not taken.
+    """
+    with mpmath.workdps(25):
+        def integrand(t):
+            var = var_f + mpmath.exp(mean_g + mpmath.sqrt(var_g) * t)
+            return mpmath.npdf(z, mean_f, mpmath.sqrt(var)) * mpmath.npdf(t)
+        return float(mpmath.log(mpmath.quad(integrand, [-12, -4, 0, 4, 12])))
+
+
+def linear_gaussian_bound(x, weight, bias, noise_var, mean, cov):
+    """The bound of N(mean, cov) at x [D] as log p(x) minus the dense divergence to the exact posterior, in nats.
+
+    weight [D, K], bias [D], noise_var a number, mean [K], cov [K, K].
+    """
+    posterior_mean, posterior_cov = linear_gaussian_posterior(x, weight, bias, noise_var)
+    evidence = linear_gaussian_evidence(np.atleast_2d(x), weight, bias, noise_var)[0]
+    return evidence - gaussian_kl(mean, cov, posterior_mean[0], posterior_cov)

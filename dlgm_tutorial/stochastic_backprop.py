@@ -142,7 +142,9 @@ class LayeredPosterior:
         self.sizes = [layer.mean.shape[-1] for layer in self.layers]
 
     def _out(self, parts):
-        return torch.cat(parts, -1) if self.flat else tuple(parts)
+        if not self.flat:
+            return tuple(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @property
     def mean(self):

@@ -10,8 +10,10 @@ from scipy import special
 from torch import nn
 
 from dlgm_tutorial import _normal_integrals as integrals
+from dlgm_tutorial import _region_posterior
 from dlgm_tutorial.analytic_em import (
     ExactPosterior,
+    PiecewiseAffineGaussian,
     collect_statistics,
     e_step,
     exact_elbo,
@@ -134,6 +136,18 @@ def test_polygon_under_a_correlated_normal():
     shift = S @ one[0, 0]
     second = zero[0, 0] * torch.outer(mean, mean) + torch.outer(mean, shift) + torch.outer(shift, mean) + S @ two[0, 0] @ S.T
     check_close(second, [[0.506546251416, 0.451051420525], [0.451051420525, 0.487499037427]], 1e-11)
+
+
+def test_polygon_without_end():
+    """Case P6, unbounded; the box at 50 stands for infinity. By one dimension after the other, and by the brief."""
+    from scipy.integrate import quad
+
+    inner = lambda z: np.exp(-z * z / 2) / np.sqrt(2 * np.pi) * special.ndtr(-max(0.2, 1 - z))
+    want = quad(inner, 0, 0.8, epsabs=1e-15)[0] + quad(inner, 0.8, 12, epsabs=1e-15)[0]
+    assert abs(want - 0.167656877964945) < 1e-13
+    corners = T([[0.0, 1.0], [0.8, 0.2], [50.0, 0.2], [50.0, 50.0], [0.0, 50.0]])
+    zero = integrals.polygon(corners[None], torch.eye(2).double()[None], torch.zeros(1, 1, 2).double())[0]
+    check_close(zero, [[want]], 1e-14)
 
 
 @pytest.mark.parametrize(("vertices", "mass"), [
@@ -399,6 +413,67 @@ def test_tails_of_two_latents_agree_with_one_latent():
         check_close(two.covariance[:, 1, 1], np.ones(4), 1e-7)
 
 
+def test_corners_at_the_origin():
+    """Units without biases: every line passes through z = 0, and every region has a corner there."""
+    angle = T([0.3, 1.1, 2.0])
+    W = torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+    layers = [(W, torch.zeros(3).double()), (torch.eye(3).double(), torch.zeros(3).double())]
+    mean, cov = marginal_moments(layers, 0.5)
+    torch.testing.assert_close(mean, torch.full((3,), 1 / np.sqrt(2 * np.pi), dtype=torch.float64), atol=1e-14, rtol=0)
+    # E[relu(a) relu(b)] of unit normals at an angle t is (sin t + (pi - t) cos t) / (2 pi): the arc-cosine kernel.
+    t = (angle[:, None] - angle).abs()
+    want = (torch.sin(t) + (np.pi - t) * torch.cos(t)) / (2 * np.pi) - mean[:, None] * mean + 0.5 * torch.eye(3).double()
+    torch.testing.assert_close(cov, want, atol=1e-14, rtol=0)
+    # A datum whose pieces are all centred there, and one a rounding error away.
+    for x in (torch.zeros(1, 3).double(), torch.full((1, 3), 1e-17).double()):
+        want = relu_marginal(plain(layers), x[0].numpy(), 0.2, 0.0, panels=40, outer=(60, 12))
+        log_px, e0, _, _ = e_step(layers, x, 0.2)
+        torch.testing.assert_close(log_px[0], T(want[0]), atol=1e-9, rtol=0)
+        torch.testing.assert_close(e0.sum(), T(1.0))
+
+
+def test_thin_slivers_around_the_origin():
+    """A polygon that holds the origin and has little mass: the tail's formula must not be asked."""
+    width = 1e-3
+    layers = [(T([[1.0, 0.0], [1.0, 0.0]]), T([width, -width])), (T([[0.3, -0.3]]), T([0.1]))]
+    narrow = [(layers[0][0][:, :1], layers[0][1]), layers[1]]
+    x = T([[0.1], [0.1 + 0.3 * width], [3.0]])
+    for noise_var in (1e-2, 1e-6):
+        for got, want in zip(e_step(layers, x, noise_var)[:2], e_step(narrow, x, noise_var)[:2], strict=True):
+            order = lambda e: e.sort(1).values if e.ndim == 2 else e
+            torch.testing.assert_close(order(got), order(want), atol=1e-9, rtol=1e-9)
+
+
+def test_polygons_left_out_change_nothing():
+    """The E-step skips pairs that a bound rules out; here every pair is integrated, near data and far ones."""
+    layers = random_network(5, [2, 6, 5, 3])
+    x = torch.cat([torch.randn(4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+                   T([[4.0, -6.0, 3.0]])])
+    net = _region_posterior._read(layers, 0.1)
+    cells, _, codes = _region_posterior._cut(net, 1000, 600.0)  # as far as the last datum asks for
+    for noise_var in (0.5, 0.003):
+        problem = _region_posterior._reduce(net, x, T(noise_var))
+        pieces = _region_posterior._pieces(net, problem, cells, codes)
+        r = problem.y[:, None] - pieces.b
+        precision = torch.eye(2).double() + pieces.A.transpose(1, 2) @ pieces.A
+        mean = torch.einsum("rkl,rdl,nrd->nrk", torch.linalg.inv(precision), pieces.A, r)
+        log_kappa = -0.5 * ((r - torch.einsum("rdk,nrk->nrd", pieces.A, mean)) ** 2).sum(-1)
+        log_kappa = log_kappa - 0.5 * (mean**2).sum(-1) - 0.5 * torch.logdet(precision)
+        shifted = (cells[None] - mean[:, :, None]) @ pieces.C
+        flat = shifted.reshape(-1, *cells.shape[1:])
+        whole = cells.expand(len(x), *cells.shape).reshape(flat.shape)
+        inside = integrals.polygon_distance(cells, pieces.C, torch.einsum("nrl,rlk->nrk", mean, pieces.C)) == 0
+        scale, zero, *_ = integrals.polygon_tail(flat, whole)
+        near = integrals.polygon(flat, torch.eye(2).double(), torch.zeros(len(flat), 2).double())[0]
+        log_mass = torch.where(inside.reshape(-1), torch.log(near), scale + torch.log(zero)).reshape(inside.shape)
+        want = torch.logsumexp(log_kappa + log_mass, 1) + problem.constant
+        log_px, e0, _, _ = e_step(layers, x, noise_var, slope=0.1)
+        torch.testing.assert_close(log_px, want, atol=1e-9, rtol=1e-11)
+        torch.testing.assert_close(e0, torch.exp(log_kappa + log_mass + (problem.constant - want)[:, None]),
+                                   atol=1e-9, rtol=0)
+        assert int((e0 == 0).sum()) > 0  # some pairs were left out, so the test says something
+
+
 def test_score_identity():
     x = X1.clone().requires_grad_()
     (score,) = torch.autograd.grad(exact_log_likelihood(R1, x, 0.25, slope=0.1).sum(), x)
@@ -454,6 +529,85 @@ def test_simulation_based_calibration():
     rank = (draws[..., 0].numpy() < z[:, 0]).mean(0) + 1 / 200
     check_mc(rank, 0.5)
     check_mc((rank - 0.5) ** 2, (1 - 1e-4) / 12)
+
+
+def test_three_latents_are_sampled_exactly():
+    posterior = exact_posterior(R4, T([[0.4, -0.7]]), 0.36, slope=0.1)
+    draws = posterior.sample(4000, generator=torch.Generator().manual_seed(0))
+    assert draws.shape == (4000, 1, 3)
+    check_mc(draws[:, 0], posterior.mean[0], what="mean, three latents")
+    away = draws[:, 0] - posterior.mean[0]
+    check_mc(away[:, :, None] * away[:, None], posterior.covariance[0], what="covariance")
+    codes = (draws[:, 0] @ R4[0][0].T + R4[0][1] > 0).double()
+    on = posterior.region_weights[0] @ partition(R4, slope=0.1).codes.double()
+    check_mc(codes, on, what="how often each unit is on")
+
+
+def test_rsample_is_decided_by_its_noise():
+    posterior = exact_posterior(R1, XM, 0.25, slope=0.1)
+    noise = torch.rand(5, 2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = posterior.rsample((5, 2), noise=noise)
+    assert draws.shape == (5, 2, 3, 1)
+    assert torch.equal(draws, posterior.rsample((5, 2), noise=noise))
+    # Distribution function of a draw: the mass of the regions before its own, and its share of that one.
+    z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    density = torch.exp(posterior.log_prob(z[:, None, None].expand(-1, 3, 1)))
+    below = torch.cumsum(density, 0) * (z[1] - z[0])
+    at = below.gather(0, torch.searchsorted(z, draws[..., 0]).reshape(10, 3)).reshape(5, 2, 3)
+    bins = torch.cat([torch.zeros(3, 1).double(), torch.cumsum(posterior.region_weights, 1)], 1)
+    region = torch.searchsorted(bins[:, 1:].contiguous(), noise[..., 0].reshape(10, 3).T.contiguous(), right=True)
+    low, high = bins.gather(1, region).T.reshape(5, 2, 3), bins.gather(1, region + 1).T.reshape(5, 2, 3)
+    torch.testing.assert_close(at, low + noise[..., 1] * (high - low), atol=1e-3, rtol=0)
+    with pytest.raises(ValueError, match="noise must have shape"):
+        posterior.rsample((5,), noise=noise)
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_the_model_contract(latents):
+    from dlgm_tutorial.training import fit
+
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    net = mlp([latents, 4, 3], lambda: nn.LeakyReLU(0.1), dtype=torch.float64)
+    initialise(net, bias=1.0, generator=torch.Generator().manual_seed(2))
+    model = PiecewiseAffineGaussian(decoder=net, noise_var=0.3)
+    estimate = model.log_likelihood(x, 10, chunk=2)
+    torch.testing.assert_close(estimate.value, exact_log_likelihood(net, x, 0.3))
+    assert not estimate.standard_error.any() and bool((estimate.ess == 1).all())
+    torch.testing.assert_close(model.bound(x), estimate.value)
+    posterior = model.posterior(x)
+    z = posterior.sample(6, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(model.log_joint(x, z) - posterior.log_prob(z), estimate.value.expand(6, -1))
+    assert model.noise_spec(7) == {}
+    many = posterior.sample(4000, generator=torch.Generator().manual_seed(4))
+    check_mc(net(many).detach().reshape(4000, -1), model.reconstruct(x).detach().reshape(-1), what="reconstruction")
+    fake = model.sample(4000, generator=torch.Generator().manual_seed(5)).detach()
+    check_mc(fake, marginal_moments(net, 0.3)[0].detach(), what="mean of samples")
+    assert model.sample_latents(4).shape == (4, latents)
+    known = torch.tensor([True, False, True])
+    torch.testing.assert_close(model.impute(x, known), impute(net, x, 0.3, known))
+    torch.testing.assert_close(model.reconstruct(x, observed=known)[:, 1], model.impute(x, known)[:, 1])
+    before = float(model.bound(x).detach().mean())
+    fit(model, x, num_steps=20, batch_size=7, lr=0.02)
+    assert float(model.bound(x).detach().mean()) > before + 0.05  # the shared loop climbs the exact likelihood
+    frozen = PiecewiseAffineGaussian(decoder=net, noise_var=0.3, freeze_decoder=True)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_model_from_sizes_and_its_refusals():
+    model = PiecewiseAffineGaussian(5, 2, [4, 3], slope=0.2, noise_var=torch.full((5,), 0.5))
+    assert [m.out_features for m in model.decoder if isinstance(m, nn.Linear)] == [4, 3, 5]
+    assert model.bound(torch.zeros(2, 5)).dtype == torch.float32 and model.noise_var.shape == (5,)
+    for build, message in (
+        (lambda: PiecewiseAffineGaussian(5, 2), "give either decoder"),
+        (lambda: PiecewiseAffineGaussian(decoder=nn.Linear(1, 2), noise_var=torch.eye(2)), "noise_var must be a number"),
+        (lambda: PiecewiseAffineGaussian(decoder=nn.Sequential(nn.Linear(1, 2), nn.Tanh())), "piecewise-affine"),
+        (lambda: model.log_joint(torch.zeros(2, 5), torch.zeros(2, 2)), "z must have shape"),
+        (lambda: model.log_joint(torch.zeros(2, 5), torch.zeros(1, 2, 2), coordinates="here"), "coordinates must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    with pytest.raises(TypeError, match="nn.Module"):
+        PiecewiseAffineGaussian(decoder=R1)
 
 
 def test_top_regions_give_a_bound_with_a_known_gap():
@@ -707,6 +861,98 @@ def test_affine_em_reaches_probabilistic_pca():
 
 
 # --- Refusals
+
+@pytest.mark.parametrize("name", ["Tanh", "GELU", "Sigmoid", "Softplus", "ELU"])
+def test_every_entry_refuses_smooth_units_and_says_why(name):
+    smooth = nn.Sequential(nn.Linear(1, 3), getattr(nn, name)(), nn.Linear(3, 2)).double()
+    loc = torch.zeros(3, 1).double()
+    for call in (
+        lambda: partition(smooth), lambda: e_step(smooth, XM, 0.25), lambda: exact_log_likelihood(smooth, XM, 0.25),
+        lambda: exact_posterior(smooth, XM, 0.25), lambda: exact_elbo(smooth, XM, 0.25, loc, loc + 1),
+        lambda: marginal_moments(smooth, 0.25), lambda: impute(smooth, XM, 0.25, torch.tensor([True, False])),
+        lambda: fit_em(smooth, XM), lambda: collect_statistics(smooth, XM, 0.25), lambda: num_parameters(smooth),
+        lambda: PiecewiseAffineGaussian(decoder=smooth)):
+        with pytest.raises(ValueError, match=f"got {name}: a smooth unit has no regions on which it is affine"):
+            call()
+
+
+def test_regions_of_no_width_change_nothing():
+    """Knots a rounding error apart: one, none or a few regions of no width between them, and the same answers."""
+    W, b = R1[0]
+    for gap in (0.0, 1e-16, 1e-13, 1e-9):
+        twin = [(torch.cat([W, W]), torch.cat([b, b + gap])), (torch.cat([R1[1][0]] * 2, 1) / 2, R1[1][1])]
+        log_px, e0, e1, e2 = e_step(twin, XM, 0.25, slope=0.1)
+        want = e_step(R1, XM, 0.25, slope=0.1)
+        check_close(log_px, want[0], 1e-13 + 10 * gap)
+        check_close(e0.sum(1), np.ones(3), 1e-13)
+        check_close(e2.sum(1), want[3].sum(1), 1e-12 + 10 * gap)
+    # The same in the plane, where the region between two lines is a sliver.
+    W, b = R3[0]
+    x = T([[0.8, 0.1], [-1.2, 0.7]])
+    want = e_step(R3, x, 0.16, slope=0.1)
+    for gap in (0.0, 1e-16, 1e-13, 1e-9):
+        twin = [(torch.cat([W, W]), torch.cat([b, b + gap])), (torch.cat([R3[1][0]] * 2, 1) / 2, R3[1][1])]
+        log_px, e0, e1, e2 = e_step(twin, x, 0.16, slope=0.1)
+        check_close(log_px, want[0], 1e-12 + 10 * gap)
+        check_close(e2.sum(1), want[3].sum(1), 1e-11 + 10 * gap)
+
+
+@pytest.mark.parametrize("sizes", [[1, 4, 3], [2, 4, 3]])
+def test_layers_that_are_dead_everywhere_leave_an_affine_model(sizes):
+    layers = random_network(3, sizes)
+    dead = [(layers[0][0], layers[0][1] - 1e4), layers[1]]  # no unit is ever on where the prior has mass
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_px, e0, e1, _ = e_step(dead, x, 0.3)  # plain ReLU: the output is constant
+    want = linear_gaussian_evidence(x.numpy(), np.zeros((3, 1)), layers[1][1].numpy(), 0.3)
+    check_close(log_px, want, 1e-12)
+    check_close(e1.sum(1), np.zeros((5, sizes[0])), 1e-12)
+    fitted = fit_em(dead, x, noise_var=0.3, num_iterations=3)
+    assert torch.isfinite(fitted.log_likelihoods).all()  # singular normal matrices keep the old weights
+    check_close(fitted.decoder[0][0], dead[0][0], 1e-9)
+
+
+def test_a_region_limit_is_kept_before_memory_is_spent():
+    import tracemalloc
+
+    for sizes in ([1, 3000, 2], [2, 300, 2]):
+        layers = random_network(0, sizes)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"max_regions is 200, but the decoder has at least \d+ regions .*choose fewer"):
+            exact_posterior(layers, torch.zeros(10, 2).double(), 0.1, max_regions=200)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e6
+    with pytest.raises(ValueError, match="max_regions is 20, but the decoder has at least"):
+        partition(random_network(0, [3, 6, 2]), max_regions=20)
+
+
+def test_all_coordinates_missing_with_two_latents_give_the_prior():
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    posterior = exact_posterior(R3, torch.full((2, 2), torch.nan).double(), 0.16, observed=nothing, slope=0.1)
+    check_close(posterior.log_px, np.zeros(2), 1e-13)
+    check_close(posterior.mean, np.zeros((2, 2)), 1e-12)
+    check_close(posterior.covariance, np.broadcast_to(np.eye(2), (2, 2, 2)), 1e-12)
+    draws = posterior.sample(2000, generator=torch.Generator().manual_seed(0))
+    check_mc(draws[:, 0] ** 2, np.ones(2), what="the prior's variance")
+
+
+@pytest.mark.parametrize("layers", [R1, R3])
+def test_gradient_far_out_and_under_extreme_noise_is_finite_and_right(layers):
+    """Forty deviations away: the score points to the reconstruction, and backpropagation gives that score."""
+    spread = 0.25
+    for far in ([[20.0, -15.0]], [[-30.0, 4.0]]):
+        x = T(far).requires_grad_()
+        exact_log_likelihood(layers, x, spread, slope=0.1).sum().backward()
+        step = 1e-4
+        for i in range(2):
+            move = torch.zeros(1, 2).double()
+            move[0, i] = step
+            both = [exact_log_likelihood(layers, T(far) + s * move, spread, slope=0.1) for s in (1, -1)]
+            check_close(x.grad[0, i], float(both[0] - both[1]) / (2 * step), 1e-4, rtol=1e-6)
+    for noise_var, message in ((1e-250, "at least 1e-200"), (float("inf"), "finite"), (-1.0, "positive, got -1")):
+        with pytest.raises(ValueError, match=message):
+            exact_log_likelihood(layers, XM, noise_var, slope=0.1)
+
 
 def test_smooth_units_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="Tanh: a smooth unit has no regions"):

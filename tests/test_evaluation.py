@@ -22,6 +22,7 @@ from dlgm_tutorial.evaluation import (
     log_likelihood_is,
     posterior_on_grid,
     quasi_normal,
+    rank_correlation,
     reconstruction_error,
     simulation_based_calibration,
 )
@@ -404,3 +405,45 @@ class NoNoise(Linear):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# Rank correlation, and gaps from several starts
+
+def test_rank_correlation_matches_scipy_and_its_error_the_spread_of_repetitions():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((200, 80))
+    b = 0.6 * a + rng.standard_normal((200, 80))
+    a[0, :10] = a[0, 10:20]  # ties
+    got = rank_correlation(torch.from_numpy(a[0]), b[0])
+    check_close(got.value, stats.spearmanr(a[0], b[0]).statistic, 1e-12)
+    repeated = np.array([rank_correlation(x, y, num_bootstrap=0).value for x, y in zip(a, b, strict=True)])
+    check_close(np.mean([rank_correlation(x, y).standard_error for x, y in zip(a[:20], b[:20], strict=True)]),
+                repeated.std(ddof=1), rtol=0.25)
+    for values, message in ((([1.0, 2.0], [1.0, 2.0]), "at least 3"), (([1.0, 1, 1], [1.0, 2, 3]), "a must be finite and not constant"),
+                            (([1.0, 2, 3], [1.0, math.nan, 3]), "b must be finite")):
+        with pytest.raises(ValueError, match=message):
+            rank_correlation(*map(torch.tensor, values))
+
+
+def test_gaps_take_the_best_of_several_starts_and_fresh_points():
+    """A torn posterior: the search from the far mode ends lower; a start at the better mode wins."""
+    class Torn:
+        def log_joint(self, x, z):
+            modes = torch.stack([-0.5 * ((z - 3) / 0.3).square(), math.log(0.2) - 0.5 * ((z + 3) / 0.3).square()])
+            return torch.logsumexp(modes, 0).sum(-1) + 0 * x.sum(-1)
+        def posterior(self, x):
+            return DiagonalNormal(torch.full((len(x), 1), -3.0).double(), torch.full((len(x), 1), -2.0).double())
+    x, model = torch.zeros(5, 2).double(), Torn()
+    known = torch.full((5,), math.log(1.2 * 0.3 * math.sqrt(2 * math.pi)), dtype=torch.float64)
+    options = {"log_likelihood": known, "num_samples": 32, "num_judged": 512}
+    one = inference_gaps(model, x, **options)
+    near = lambda rows: [DiagonalNormal(torch.full((len(rows), 1), 2.5).double(), torch.zeros(len(rows), 1).double())]
+    two = inference_gaps(model, x, starts=near, **options)
+    check_close(one.approximation, torch.full((5,), math.log(6.0)), 1e-3)
+    check_close(two.approximation, torch.full((5,), math.log(1.2)), 1e-3)
+    check_close(two.amortization - one.amortization, torch.full((5,), math.log(5.0)), 1e-3)
+    parts = inference_gaps(model, x, starts=near, chunk=2, **options)
+    for got, want in zip(parts, two, strict=True):
+        check_close(got, want, 1e-12)
+    other = inference_gaps(model, x, posterior=lambda rows: near(rows)[0], **options)
+    check_close(other.approximation, two.approximation, 1e-3)

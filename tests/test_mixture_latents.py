@@ -96,6 +96,15 @@ def test_kl_gradient_matches_finite_differences_and_reference():
     check_close(q.grad, want, rtol=1e-4)
 
 
+@on_each_device
+def test_kl_gradient_is_finite_for_extreme_parameters_in_float32(device):
+    """Values too large for float32 are infinite there (1 / b^2 at b = 1e-6 still fits); NaN never comes."""
+    a, b = (torch.tensor(n, device=device).requires_grad_() for n in zip(
+        *itertools.product([1e-6, 1e-3, 1.0, 40.0, 1e6], repeat=2), strict=True))
+    kl_kumaraswamy_beta(a, b, 1.0, 2.0).sum().backward()
+    assert a.grad.isfinite().all() and b.grad.isfinite().all()
+
+
 def test_kl_to_itself_vanishes_and_is_never_negative():
     b = t(0.1, 0.5, 3.0, 30.0, 1e3)
     check_close(kl_kumaraswamy_beta(torch.ones_like(b), b, 1.0, b), torch.zeros_like(b), 1e-6)
@@ -808,6 +817,16 @@ def test_models_refuse_bad_input():
         (lambda: MixtureDLGM(D, K, C, hidden_dims=(5,)).log_joint(torch.zeros(B, D), torch.zeros(S, B, K), coordinates="noise"), "coordinates must be"),
         (lambda: MixtureDLGM(D, K, C, hidden_dims=(5,)).sample_latents(3, component=C), "component must be from 0 to 3, got 4"),
         (lambda: StickBreakingVAE(D, 1), "truncation"),
+        (lambda: StickBreakingVAE(D, C, concentration=-1.0), "concentration must be a positive number, got -1"),
+        (lambda: StickBreakingVAE(D, C, concentration=math.nan), "concentration must be a positive number, got nan"),
+        (lambda: MixtureDLGM(D, K, C, prior="gem", concentration=0.0), "concentration must be a positive number, got 0"),
+        (lambda: MixtureDLGM(D, K, -1), "num_components must be an integer of at least 1, got -1"),
+        (lambda: MixtureDLGM(D, K, 2.0), "num_components must be an integer of at least 1, got 2.0"),
+        (lambda: SemiSupervisedVAE(D, C, 3, latent="stick_breaking", concentration=-1.0), "concentration must be a positive number"),
+        (lambda: SemiSupervisedVAE(D, 1, 3, latent="stick_breaking"), "latent_dim must be an integer of at least 2, got 1"),
+        (lambda: SemiSupervisedVAE(D, K, 3, hidden_dims=(5,)).bound(torch.zeros(B, D), torch.tensor([0, -1, 2])), "y must be labels from 0 to 2, got values from -1 to 2"),
+        (lambda: factor_mixture_log_likelihood(torch.zeros(B, D), torch.zeros(D, K), torch.zeros(D), torch.ones(D), torch.zeros(C), torch.zeros(C, K), torch.ones(C, K)), "weights must sum to one, got a sum of 4"),
+        (lambda: factor_mixture_log_likelihood(torch.zeros(B, D), torch.zeros(D, K), torch.zeros(D), -torch.ones(D), torch.full((C,), -math.log(C)), torch.zeros(C, K), torch.ones(C, K)), "noise_var must be positive, got -1"),
         (lambda: SemiSupervisedVAE(D, K, 3, latent="discrete"), "latent must be"),
         (lambda: SemiSupervisedVAE(D, K, 3, hidden_dims=(5,)).bound(torch.zeros(B, D), torch.tensor([0, 1, 3])), "y must be labels from 0 to 2, got values from 0 to 3"),
         (lambda: SemiSupervisedVAE(D, K, 3, hidden_dims=(5,)).bound(torch.zeros(B, D), torch.zeros(B)), "integer labels"),

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from dlgm_tutorial import cast, results
-from dlgm_tutorial.evaluation import inference_gaps, knn_error
+from dlgm_tutorial.evaluation import inference_gaps, knn_error, log_likelihood_ais, simulation_based_calibration
 from dlgm_tutorial.exact_inference import fit_factor_analysis
+from dlgm_tutorial.networks import mlp
 from dlgm_tutorial.reproduce import experiment
-from dlgm_tutorial.stochastic_backprop import DLGM, impute, score_function_loss, wake_sleep_losses
+from dlgm_tutorial.stochastic_backprop import DLGM, impute, score_function_loss, wake_sleep_losses, widen
 from dlgm_tutorial.training import fit, write_atomically
 
 __all__ = []
@@ -86,6 +87,13 @@ def train(run, part, model, data, valid, *, batch_size=100, lr=1e-3, **options):
             "seconds_per_epoch": history[-1]["seconds"] / history[-1]["step"] * per_epoch, "curve": curve}
 
 
+def annealed(model, x, num_steps=100, num_chains=8, seed=0):
+    """Annealed estimate of log p(x), walking from the recognition Gaussian to the posterior: `Estimate`."""
+    return log_likelihood_ais(model, x, num_chains, num_steps=num_steps, chunk=4000,
+                              base=lambda rows: model._posterior(rows, flat=True),
+                              generator=torch.Generator().manual_seed(2000 + seed))
+
+
 @torch.no_grad()
 def judge(model, test, part, num_samples=5000, chunk=20_000, seed=0):
     """Bound on all test rows, KL per layer, and importance-sampled log-likelihood on the rows `part` for rising S."""
@@ -127,7 +135,8 @@ def rows_by_model(runs):
         rows.append({"model": name, "N": parts[0].get("N"), "epochs": parts[0].get("epochs"),
                      "updates": parts[0].get("updates"), "parameters": parts[0].get("parameters"), "seeds": len(parts),
                      "bound": mean("test_bound"), "log_likelihood": mean("log_likelihood"),
-                     "standard_error": spread, "kl": mean("kl"), "best_epoch": mean("best_epoch"),
+                     "standard_error": spread, "annealed": mean("annealed"), "kl": mean("kl"),
+                     "best_epoch": mean("best_epoch"),
                      "num_evaluated": parts[0].get("num_evaluated"), "num_samples": parts[0].get("num_samples"),
                      "kl_per_layer": " + ".join(f"{np.mean([p['kl_per_layer'][i] for p in parts]):.2f}"
                                                 for i in range(len(parts[0]["kl_per_layer"]))),
@@ -205,19 +214,64 @@ def digits(run):
     return figures
 
 
+def rows_of_calibration(runs):
+    """One row a family: means over seeds; the largest of the worst."""
+    rows = []
+    for family in runs[0]["figures"]:
+        cells = [run["figures"][family] for run in runs]
+        values = [cell["outer"] for cell in cells]
+        rows.append({"family": family, "seeds": len(runs), "outer": float(np.mean(values)),
+                     "outer_se": float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
+                     "worst": max(cell["worst"] for cell in cells),
+                     "chi_square": max(cell["chi_square"] for cell in cells)})
+    return rows
+
+
+@experiment("02", "calibration", paper=PAPER, table="calibration of q", hours=0.1, steps=3000,
+            rows=rows_of_calibration)
+def calibration(run):
+    """Ranks of the true latents under each family of q, trained on the digits, on data of the model itself."""
+    train_x, valid, _ = digit_parts(run)
+    figures = {}
+    for name, recognition in (("diagonal", "diagonal"), ("rank-1", "rank1"), ("rank-2", "rank_r"), ("full", "full")):
+        torch.manual_seed(run.seed)
+        model = digit_model(recognition=recognition)
+        train(run, name, model, train_x, valid, lr=3e-3)
+
+        @torch.no_grad()
+        def sample_joint(num, generator, model=model):
+            z = model.sample_latents(num, generator=generator)
+            return z, model.observation(z).sample(generator=generator)
+
+        ranks = simulation_based_calibration(sample_joint, model.posterior, 10_000,
+                                             generator=torch.Generator().manual_seed(run.seed))
+        outer = (ranks.histogram(20)[[0, 19]].sum(0) / 10_000).tolist()
+        figures[name] = {"outer": float(np.mean(outer)), "worst": max(outer),
+                         "chi_square": float(ranks.chi_square(10)[0].max())}
+    return figures
+
+
 # ---------------------------------------------------------------- MNIST, the paper's table
-def mnist_figures(run, data, valid, test, part, families, *, binarize=False, num_samples=5000, latent=200, **options):
-    figures, values, models = {}, {}, {}
+def mnist_figures(run, data, valid, test, part, families, *, binarize=False, num_samples=5000, latent=(200,),
+                  hidden=((200, 200),), anneal=False, **options):
+    figures, values, walked, models = {}, {}, {}, {}
     for recognition in families:
         torch.manual_seed(run.seed)
-        model = DLGM(data.shape[1], (latent,), ((200, 200),), recognition=recognition, recognition_dims=(200,),
-                     **options)
+        model = DLGM(data.shape[1], latent, hidden, recognition=recognition, recognition_dims=(200,), **options)
         figures[recognition] = train(run, recognition, model, data, valid, binarize=binarize)
         judged, values[recognition] = judge(model, test, part, num_samples, seed=run.seed)
         figures[recognition].update(judged)
+        if anneal:
+            estimate = annealed(model.requires_grad_(False), test[part], seed=run.seed)
+            walked[recognition] = estimate.value
+            figures[recognition].update(annealed=float(estimate.value.mean()),
+                                        annealed_se=float(estimate.value.std() / len(part) ** 0.5),
+                                        annealed_median_ess=float(estimate.ess.median()))
         models[recognition] = model
     if "rank1" in values and "diagonal" in values:
         figures["rank-1 minus diagonal"] = paired(values["rank1"], values["diagonal"])
+        if anneal:
+            figures["rank-1 minus diagonal, annealed"] = paired(walked["rank1"], walked["diagonal"])
     return figures, models
 
 
@@ -226,8 +280,73 @@ def mnist(run):
     """The paper's model (K = 200) on fixed-binarised MNIST, diagonal and rank-1; 5,000-sample likelihood."""
     data, valid = (tensor(run.load("binarized_mnist", split).x) for split in ("train", "valid"))
     test = run.load("binarized_mnist", "test")
-    figures, models = mnist_figures(run, data, valid, tensor(test.x), balanced(test.y, 50), ("diagonal", "rank1"))
+    figures, models = mnist_figures(run, data, valid, tensor(test.x), balanced(test.y, 50), ("diagonal", "rank1"),
+                                    anneal=True)
     return figures, pack(models["diagonal"])
+
+
+@experiment("02", "mnist-two-layers", paper=PAPER, table="beyond Table 1", hours=0.3, steps=25_000, rows=rows_by_model)
+def mnist_two_layers(run):
+    """Two stochastic layers (200 and 50 latents) on fixed-binarised MNIST: the divergence of each layer."""
+    data, valid = (tensor(run.load("binarized_mnist", split).x) for split in ("train", "valid"))
+    test = run.load("binarized_mnist", "test")
+    return mnist_figures(run, data, valid, tensor(test.x), balanced(test.y, 50), ("diagonal", "rank1"),
+                         latent=(200, 50), hidden=((200, 200), (100,)))[0]
+
+
+# ---------------------------------------------------------------- the shipped MNIST model, looked at closely
+def shipped():
+    """The diagonal model of `02 mnist` (seed 0): its weights, in half precision, are part of the results."""
+    model = DLGM(784, (200,), ((200, 200),), recognition_dims=(200,))
+    with np.load(results.path("02-mnist.npz")) as arrays:
+        model.load_state_dict({name.replace("/", "."): torch.from_numpy(arrays[name].astype(np.float32))
+                               for name in arrays.files})
+    return model.eval()
+
+
+def rows_of_evidence(runs):
+    """One row an instrument: mean over images, and the standard error of that mean over images."""
+    return runs[0]["figures"]["rows"]
+
+
+@experiment("02", "evidence-mnist", paper=PAPER, table="test log-likelihood", hours=0.1, steps=300,
+            rows=rows_of_evidence)
+def evidence_mnist(run):
+    """log p(x) of 50 MNIST test images by importance sampling (q as it is, widened) and by annealing.
+
+    --steps: the temperatures of the annealing from the prior; from q there are fewer.
+    """
+    test = run.load("binarized_mnist", "test")
+    x = tensor(test.x)[balanced(test.y, 5)]
+    model, rows, values = shipped(), [], {}
+
+    def row(method, value, **facts):
+        values[method] = value
+        rows.append({"method": method, "log_likelihood": float(value.mean()),
+                     "standard_error": float(value.std() / len(value) ** 0.5), **facts})
+
+    generator = lambda: torch.Generator().manual_seed(run.seed)
+    with torch.no_grad():
+        row("bound", torch.stack([model.bound(x, num_samples=100, generator=generator())])[0].double())
+    curves = {}
+    for name, factor in (("q as it is", 1.0), ("covariance x 1.1", 1.1), ("covariance x 1.3", 1.3)):
+        proposal = lambda rows, factor=factor: widen(model._posterior(rows, flat=True), factor)
+        curves[name] = {}
+        for size in (1, 10, 100, 1000, 20_000):
+            estimate = model.log_likelihood(x, size, proposal=proposal, generator=generator())
+            curves[name][str(size)] = float(estimate.value.mean())
+        row(f"importance sampling, {name}", estimate.value, num_samples=size, median_ess=float(estimate.ess.median()))
+    estimate = log_likelihood_ais(model.requires_grad_(False), x, 8, num_steps=run.steps, generator=generator())
+    row("annealing from the prior", estimate.value, num_samples=8, num_steps=run.steps,
+        median_ess=float(estimate.ess.median()))
+    for num_steps in (run.steps // 10, run.steps // 3):
+        estimate = annealed(model, x, num_steps, seed=run.seed)
+        row("annealing from q", estimate.value, num_samples=8, num_steps=num_steps,
+            median_ess=float(estimate.ess.median()))
+    last = rows[-1]["method"]
+    return {"num_images": len(x), "rows": rows, "curves": curves,
+            "annealing minus importance sampling": paired(values[last], values["importance sampling, q as it is"]),
+            "annealing from q minus from the prior": paired(values[last], values["annealing from the prior"])}
 
 
 def draw_once(means, seed):
@@ -261,7 +380,7 @@ def gaussian_figures(run, data, valid, test, latent, families):
     noise = lambda x, seed: (255 * x + torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))) / 256
     data, valid, test = (noise(x, seed) for seed, x in enumerate((data, valid, test)))
     part = np.sort(np.random.default_rng(0).permutation(len(test))[:500])
-    return mnist_figures(run, data, valid, test, part, families, latent=latent, likelihood="gaussian",
+    return mnist_figures(run, data, valid, test, part, families, latent=(latent,), likelihood="gaussian",
                          num_samples=1000)[0]
 
 
@@ -395,13 +514,76 @@ def imputation_mnist(run):
     """The same on 200 fixed-binarised MNIST test images, with the model that `02 mnist` trains (its checkpoint)."""
     data, test = run.load("binarized_mnist", "train"), run.load("binarized_mnist", "test")
     rows = balanced(test.y, 20)
-    model = DLGM(784, (200,), ((200, 200),), recognition_dims=(200,))
-    with np.load(results.path("02-mnist.npz")) as arrays:  # half precision: the weights that ship
-        model.load_state_dict({name.replace("/", "."): torch.from_numpy(arrays[name].astype(np.float32))
-                               for name in arrays.files})
     train_x, test_x = tensor(data.x), tensor(test.x)[rows]
-    figures = imputation_figures({"diagonal": model}, train_x, test_x, 28, 200, run.seed, 30)
+    figures = imputation_figures({"diagonal": shipped()}, train_x, test_x, 28, 200, run.seed, 30)
     return {"num_test": len(test_x), "num_sweeps": 200, "num_chains": 4, "masks": figures}
+
+
+# ---------------------------------------------------------------- how good are the samples?
+def two_sample_error(a, b, seed):
+    """Error of a classifier that tells rows of a from rows of b, on rows that it never saw: 0.5 means it cannot.
+
+    A network with one hidden layer of 100 units is trained on half of either set, its epoch chosen on a quarter and
+    its error taken on the last quarter (the classifier two-sample test of Lopez-Paz and Oquab, 2017).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (rows[torch.randperm(len(rows), generator=generator)] for rows in (a, b))
+    size = min(len(a), len(b)) // 4
+    part = lambda i, j: (torch.cat([a[i * size:j * size], b[i * size:j * size]]),
+                         torch.cat([torch.zeros((j - i) * size), torch.ones((j - i) * size)]))
+    (x, y), valid, test = part(0, 2), part(2, 3), part(3, 4)
+    net = mlp([x.shape[1], 100, 1], generator=generator)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3, weight_decay=1e-4)
+    wrong = lambda rows, labels: float(((net(rows)[:, 0] > 0) != (labels > 0.5)).float().mean())
+    best, answer = 1.0, 0.5
+    for _ in range(20):
+        for batch in torch.randperm(len(x), generator=generator).split(100):
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy_with_logits(net(x[batch])[:, 0], y[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            if wrong(*valid) < best:
+                best, answer = wrong(*valid), wrong(*test)
+    return answer
+
+
+def rows_of_samples(runs):
+    """One row a source of images: mean over seeds, and its standard error."""
+    rows = []
+    for source in runs[0]["figures"]["sources"]:
+        cells = [run["figures"]["sources"][source] for run in runs]
+        row = {"source": source, "seeds": len(runs)}
+        for key in cells[0]:
+            values = [cell[key] for cell in cells if cell[key] is not None]
+            row[key] = float(np.mean(values)) if values else None
+            row[f"{key}_se"] = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+@experiment("02", "samples", paper=PAPER, table="samples", hours=0.1, rows=rows_of_samples)
+def samples(run):
+    """Samples of the MNIST model against test images: a classifier that tells them apart, nearest neighbours."""
+    train_x, test = (tensor(run.load("binarized_mnist", split).x) for split in ("train", "test"))
+    num, generator = 5000, torch.Generator().manual_seed(run.seed)
+    pick = lambda rows, num=num: rows[torch.randperm(len(rows), generator=generator)[:num]]
+    bernoulli = lambda p: (torch.rand(p.shape, generator=generator) < p).float()
+    real, other = pick(test, 2 * num).split(num)
+    factors = fit_factor_analysis(train_x.double(), 50, min_noise_var=1e-2).model
+    with torch.no_grad():
+        z = torch.randn(num, 50, generator=generator, dtype=torch.float64)
+        sources = {"other test images": other, "training images": pick(train_x),
+                   "the model, K = 200": shipped().sample(num, generator=generator),
+                   "factor analysis, K = 50, mean as probability": bernoulli(factors.decoder(z).clamp(0, 1).float()),
+                   "independent pixels": bernoulli(train_x.mean(0).expand(num, -1))}
+    # Distance to the nearest of 20,000 training images, in pixels: a model that copies its data lies below test images.
+    reference = train_x[torch.randperm(len(train_x), generator=generator)[:20_000]]
+    distance = lambda rows: torch.cat([(part @ (1 - reference).T + (1 - part) @ reference.T).amin(1)
+                                       for part in rows.split(500)])
+    figures = {name: {"two_sample_error": two_sample_error(rows, real, run.seed),
+                      "nearest": None if name == "training images" else float(distance(rows).mean())}
+               for name, rows in sources.items()}
+    return {"num_images": num, "sources": figures}
 
 
 # ---------------------------------------------------------------- the cast

@@ -76,20 +76,34 @@ def knn_errors(model, train, test, run, neighbours=(3, 5, 10)):
 
 
 def weights_used(model, x, run):
-    """How far the mixture weights of single images move: mean entropy of the mean weights, and its largest value."""
+    """How far the mixture weights of single images move.
+
+    Mean entropy of the mean weights, its largest value, and a histogram of the largest weight (20 bins on [0, 1]).
+    """
     with torch.no_grad():
         w = model.component_weights(x[:2000].to(run.device)).double()
     entropy = -(w * w.clamp(min=1e-300).log()).sum(-1)
     return {"weight_entropy": float(entropy.mean()), "weight_entropy_max": math.log(w.shape[1]),
-            "mean_weights": w.mean(0).tolist()}
+            "mean_weights": w.mean(0).tolist(),
+            "largest_weights": torch.histc(w.amax(-1).cpu(), 20, 0.0, 1.0).tolist()}
 
 
 # --- The paper's Figure 3 on fixed-binarised MNIST
 
-def mnist_cell(run, model, *, part="", num_samples=1, lr=3e-4):
-    """Train 500d-...x25s with the paper's Adam and batch, and measure what its table reports."""
+def mnist_cell(run, model, **options):
+    """A cell on fixed-binarised MNIST, with the errors of neighbours in its latent space."""
     train, valid, test = (run.load("binarized_mnist", split) for split in ("train", "valid", "test"))
-    x_valid = tensor(valid.x)[:2000]
+    figures = image_cell(run, model, *(tensor(part.x) for part in (train, valid, test)), **options)
+    figures |= knn_errors(model, train, test, run)
+    return figures
+
+
+def image_cell(run, model, x_train, x_valid, x_test, *, part="", num_samples=1, lr=3e-4, binarize=False):
+    """Train a model with the paper's Adam and batch; bound, log-likelihood and use of the weights on test images.
+
+    binarize: x_train are grey values, drawn anew at each use.
+    """
+    x_valid = x_valid[:2000]
 
     def after_epoch(model, epoch):
         if (epoch + 1) % 5:
@@ -97,17 +111,15 @@ def mnist_cell(run, model, *, part="", num_samples=1, lr=3e-4):
         with torch.no_grad():
             return {"valid_bound": float(model.bound(x_valid.to(run.device), generator=generator(run, epoch)).mean())}
 
-    history = fit(model, tensor(train.x), batch_size=BATCH, lr=lr, num_samples=num_samples, after_epoch=after_epoch,
-                  record_every=500, **run.fit_options(part))
-    x_test = tensor(test.x)
+    history = fit(model, x_train, batch_size=BATCH, lr=lr, num_samples=num_samples, after_epoch=after_epoch,
+                  record_every=500, binarize=binarize, **run.fit_options(part))
     updates = history[-1]["step"]
-    figures = {"N": len(train.x), "epochs": updates / (len(train.x) // BATCH), "updates": updates,
+    figures = {"N": len(x_train), "epochs": updates / (len(x_train) // BATCH), "updates": updates,
                "parameters": sum(p.numel() for p in model.parameters()), "learning_rate": lr,
                "training_seconds": history[-1]["seconds"], "train_bound": history[-1]["bound"],
                "valid_bounds": [round(r["valid_bound"], 3) for r in history if "valid_bound" in r]}
     figures |= evaluate(model, x_test, run, num_samples=NUM_SAMPLES)
-    figures |= knn_errors(model, train, test, run)
-    if isinstance(model, MixtureDLGM):
+    if isinstance(model, MixtureDLGM) and model.nums[0] > 1:
         figures |= weights_used(model, x_test, run)
     return figures
 
@@ -153,9 +165,13 @@ def mnist_stick_breaking(run):
     return mnist_cell(run, StickBreakingVAE(784, 50, hidden_dims=(500,), concentration=5.0))
 
 
-# --- Digits: every bound, and the controls that the paper lacks
+# --- The model of the paper's pictures: five prior components in a line, and the control that the paper lacks
 
 DIGITS_STEPS, LATENTS, SPREAD = 1500, 5, (-1.5, -0.75, 0.0, 0.75, 1.5)
+
+
+def spread_means(num_components=5):
+    return torch.tensor(SPREAD)[:, None].expand(num_components, LATENTS)
 
 
 class MixturePriorVAE(MixtureDLGM):
@@ -179,6 +195,52 @@ class MixturePriorVAE(MixtureDLGM):
         loc, log_scale = self.recognise(x)[:2]
         z = (loc + log_scale.exp() * noise)[:, :, 0]
         return self.log_joint(x, z).mean(0) + (log_scale + 0.5 * math.log(2 * math.pi * math.e)).sum((-1, -2))
+
+
+@experiment("03", "mnist-spread-gaussian", paper=PAPER, table="control", hours=0.3, steps=STEPS)
+def mnist_spread_gaussian(run):
+    """The prior of the paper's pictures (five components in a line, 5 latents), one Gaussian as posterior."""
+    return mnist_cell(run, MixturePriorVAE(784, LATENTS, 5, hidden_dims=(500,)))
+
+
+@experiment("03", "mnist-spread-mixture-5", paper=PAPER, table="Figure 2, DLGMM", hours=0.8, steps=STEPS)
+def mnist_spread_mixture_5(run):
+    """The same prior, five components in the posterior, trained by the indicator bound."""
+    return mnist_cell(run, MixtureDLGM(784, LATENTS, 5, hidden_dims=(500,), prior_loc=spread_means()))
+
+
+# --- OMNIGLOT: 28x28 by area averaging, another set than the one in most papers
+
+OMNIGLOT_STEPS = EPOCHS * 173
+
+
+def omniglot_cell(run, model):
+    """Training images are drawn anew at each use, as in chapter 2; validation and test images are drawn once."""
+    train, valid, test = (run.load("omniglot", part, binarization="dynamic").x for part in ("train", "valid", "test"))
+    once = lambda x, seed: (torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < x).float()
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:2000]
+    return image_cell(run, model, tensor(train), once(tensor(valid), 1), once(tensor(test)[order], 2), binarize=True)
+
+
+@experiment("03", "omniglot-gaussian", paper=PAPER, table="Figure 3, Gauss-VAE", hours=0.2, steps=OMNIGLOT_STEPS)
+def omniglot_gaussian(run):
+    """OMNIGLOT (28x28 by area averaging), one Gaussian."""
+    return omniglot_cell(run, mixture(1))
+
+
+@experiment("03", "omniglot-mixture-3", paper=PAPER, table="Figure 3, DLGMM", hours=0.3, steps=OMNIGLOT_STEPS)
+def omniglot_mixture_3(run):
+    """OMNIGLOT (28x28 by area averaging), three components."""
+    return omniglot_cell(run, mixture(3))
+
+
+@experiment("03", "omniglot-dp-17", paper=PAPER, table="Figure 3, DLDPMM", hours=0.8, steps=OMNIGLOT_STEPS)
+def omniglot_dp_17(run):
+    """OMNIGLOT (28x28 by area averaging), a Dirichlet process truncated at 17 components."""
+    return omniglot_cell(run, mixture(17, prior="gem"))
+
+
+# --- Digits: every bound, and the controls that the paper lacks
 
 
 class FullCovarianceVAE(MixtureDLGM):
@@ -251,18 +313,21 @@ def digits_cell(run, part, model, *, num_samples=1):
     return figures
 
 
-def spread_means(num_components=5):
-    return torch.tensor(SPREAD)[:, None].expand(num_components, LATENTS)
-
-
 def digits_rows(runs):
-    """One row a model: means over the seeds, and the standard deviation of the log-likelihood between seeds."""
-    rows = []
+    """One row a model: means over the seeds, and standard errors between them.
+
+    The gain is that in log-likelihood over the first model with the same seed: same images, same order of batches.
+    """
+    rows, first = [], next(iter(runs[0]["figures"]))
+    error = lambda values: float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     for name in runs[0]["figures"]:
         cells = [run["figures"][name] for run in runs]
         mean = lambda key: float(np.mean([cell[key] for cell in cells])) if key in cells[0] else None  # noqa: B023
+        gains = [run["figures"][first]["nll"] - run["figures"][name]["nll"] for run in runs]
         rows.append({"model": name, "seeds": len(cells), "bound": mean("bound"), "nll": mean("nll"),
-                     "nll_sd": float(np.std([c["nll"] for c in cells], ddof=1)) if len(cells) > 1 else None,
+                     "nll_error": error([cell["nll"] for cell in cells]),
+                     "gain": None if name == first else float(np.mean(gains)),
+                     "gain_error": None if name == first else error(gains),
                      "gap": -mean("nll") - mean("bound"), "knn_samples": mean("knn_samples_5"),
                      "knn_means": mean("knn_means_5"), "weight_entropy": mean("weight_entropy"),
                      "weight_entropy_max": mean("weight_entropy_max"), "seconds": mean("seconds")})

@@ -1,13 +1,15 @@
 """Chapter 5: exact learning against a VAE on toys and images; anomalies, imputation, choice of size, Gaussian gaps."""
 
 import math
+import sys
+import time
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import nn
 
-from dlgm_tutorial import datasets
+from dlgm_tutorial import cast, datasets
 from dlgm_tutorial.analytic_em import (
     exact_elbo,
     exact_log_likelihood,
@@ -17,7 +19,7 @@ from dlgm_tutorial.analytic_em import (
     num_parameters,
     partition,
 )
-from dlgm_tutorial.exact_inference import fit_ppca
+from dlgm_tutorial.exact_inference import fit_factor_analysis, fit_ppca
 from dlgm_tutorial.networks import initialise, mlp
 from dlgm_tutorial.reproduce import experiment
 
@@ -154,58 +156,122 @@ def digit_of(data, digit, num=None):
     return data.x[data.y == digit][:num].double()
 
 
-def judge(decoder, noise_var, x, test, other):
-    """Exact NLL, anomaly detection of another class, and the lower half imputed from the upper."""
-    upper = torch.arange(x.shape[1]) < x.shape[1] // 2
-    scores = [-exact_log_likelihood(decoder, part, noise_var).detach().numpy() for part in (test, other)]
-    filled = impute(decoder, test, noise_var, upper)
-    known = exact_log_likelihood(decoder, test, noise_var, observed=upper).detach()
-    conditional = float((known - exact_log_likelihood(decoder, test, noise_var).detach()).mean())
+def upper_half(x):
+    """Mask [D] of the upper half of an image: what imputation is given."""
+    return torch.arange(x.shape[1]) < x.shape[1] // 2
+
+
+def scores(log_likelihood, filled, x, test, other):
+    """Train and test NLL, detection of outsiders, and the lower half given the upper: one judge for every model.
+
+    log_likelihood(x, observed=None) -> [B], exact; filled [B, D]: test with the lower half imputed.
+    """
+    upper = upper_half(x)
+    inside, outside = (-log_likelihood(part).detach().numpy() for part in (test, other))
+    conditional = log_likelihood(test, observed=upper).detach().numpy() + inside
     return {
-        "train": nll(decoder, x, noise_var),
-        "test": float(scores[0].mean()),
-        "auroc": auroc(*scores),
-        "auprc": auprc(*scores),
+        "train": -float(log_likelihood(x).detach().mean()),
+        "test": float(inside.mean()),
+        "auroc": auroc(inside, outside),
+        "auprc": auprc(inside, outside),
         "imputation_mse": float(((filled - test)[:, ~upper] ** 2).mean()),
-        "conditional_nll": conditional,
-        "noise_var": float(torch.as_tensor(noise_var).mean()),
+        "conditional_nll": float(conditional.mean()),
         "bound_gap": None,
     }
 
 
-def images(run, sizes, gem, gradient, vae_steps, vaes):
-    """One digit (4) of MNIST, 1,000 images: all methods on one architecture; 9 is the class held out."""
+@torch.no_grad()
+def judge(decoder, noise_var, x, test, other):
+    """The scores of a decoder with bends, by its regions."""
+    log_likelihood = lambda data, observed=None: exact_log_likelihood(decoder, data, noise_var, observed=observed)
+    filled = impute(decoder, test, noise_var, upper_half(x))
+    found = scores(log_likelihood, filled, x, test, other)
+    return {**found, "noise_var": float(torch.as_tensor(noise_var).mean())}
+
+
+@torch.no_grad()
+def judge_linear(model, x, test, other):
+    """The scores of a LinearGaussian, with any number of latents."""
+    log_likelihood = lambda data, observed=None: model.log_likelihood(data, observed=observed).value
+    found = scores(log_likelihood, model.impute(test, upper_half(x))[0].detach(), x, test, other)
+    return {**found, "noise_var": float(model.noise_var.detach().mean())}
+
+
+def image_sets(run, digit, num_train, num_test, num_other):
+    """(x, test, other): one digit (4), the 9 held out; or all ten digits, and Fashion-MNIST as the outsiders."""
     train, test = (run.load("mnist", split) for split in ("train", "test"))
-    x, inside, outside = digit_of(train, 4, 1000), digit_of(test, 4), digit_of(test, 9)
-    methods, K = {}, sizes[0]
-    model = fit_ppca(x, K).model
-    affine = [(model.weight.detach(), model.bias.detach())]
-    methods["probabilistic PCA"] = judge(affine, model.noise_var.detach().reshape(-1)[0], x, inside, outside)
-    for name, settings in {
-        "generalised EM, line search": {"method": "gem", "num_iterations": gem},
-        "exact gradient, L-BFGS": {"method": "gradient", "num_iterations": gradient},
-    }.items():
-        found = fit_em(decoder_for(sizes, run.seed), x, noise_var=0.1, **settings)
-        methods[name] = judge(found.decoder, found.noise_var, x, inside, outside)
-    for name, settings in vaes.items():
+    if digit is not None:
+        return digit_of(train, digit, num_train), digit_of(test, digit, num_test), digit_of(test, 9, num_other)
+    other = run.load("fashion_mnist", "test").x
+    return train.x[:num_train].double(), test.x[:num_test].double(), other[:num_other].double()
+
+
+PIXEL_FLOOR = 0.01  # least noise variance of a pixel, where each has its own: many never change
+
+
+def images(run, sizes, gem, gradient, *, digit=4, num_train=1000, num_test=None, num_other=None):
+    """All methods on one architecture, judged alike; below them linear models, and all with a variance a pixel."""
+    x, test, other = image_sets(run, digit, num_train, num_test, num_other)
+    K, methods, seconds = sizes[0], {}, {}
+
+    def record(name, make):
+        start = time.perf_counter()
+        methods[name] = make()
+        seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"{run.file} seed {run.seed}: {name}, test NLL {methods[name]['test']:.2f}", file=sys.stderr, flush=True)
+
+    def learnt(start, noise_var, **settings):
+        found = fit_em(start, x, noise_var=noise_var, **settings)
+        fitted.append(found)
+        return judge(found.decoder, found.noise_var, x, test, other)
+
+    def vae(settings):
         decoder, noise_var, elbo = fit_vae(
-            decoder_for(sizes, run.seed), x, num_steps=vae_steps, seed=run.seed, **settings
+            decoder_for(sizes, run.seed), x, num_steps=run.steps, seed=run.seed, **settings
         )
-        methods[name] = judge(decoder, noise_var, x, inside, outside)
-        methods[name]["bound_gap"] = -elbo - methods[name]["train"]
+        found = judge(decoder, noise_var, x, test, other)
+        return {**found, "bound_gap": -elbo - found["train"]}
+
+    fitted, start = [], lambda: decoder_for(sizes, run.seed)
+    record("generalised EM, line search", lambda: learnt(start(), 0.1, num_iterations=gem))
+    record(
+        "generalised EM, then L-BFGS",
+        lambda: learnt(fitted[0].decoder, fitted[0].noise_var, method="gradient", num_iterations=gradient),
+    )
+    best = fitted[1]
+    record("exact gradient, L-BFGS", lambda: learnt(start(), 0.1, method="gradient", num_iterations=gradient))
+    for name, settings in IMAGE_VAES.items():
+        record(name, lambda settings=settings: vae(settings))
+    for latents in (K, 10):
+        linear = fit_ppca(x, latents).model
+        record(f"probabilistic PCA, K = {latents}", lambda m=linear: judge_linear(m, x, test, other))
+    floor = PIXEL_FLOOR / float(x.var(0, correction=0).mean())
+    first = torch.full((x.shape[1],), 0.1, dtype=x.dtype)
+    record(
+        "a variance a pixel: generalised EM",
+        lambda: learnt(start(), first, num_iterations=gem, noise="diagonal", noise_floor=floor),
+    )
+    for latents in (K, 10):
+        record(
+            f"a variance a pixel: factor analysis, K = {latents}",
+            lambda k=latents: judge_linear(
+                fit_factor_analysis(x, k, min_noise_var=PIXEL_FLOOR, num_steps=200, tol=1e-3).model, x, test, other
+            ),
+        )
     return {
         "methods": methods,
+        "seconds": seconds,
         "num_data": len(x),
-        "num_test": len(inside),
-        "num_outside": len(outside),
+        "num_test": len(test),
+        "num_outside": len(other),
         "decoder": "-".join(map(str, sizes)),
-        "parameters": num_parameters(decoder_for(sizes, 0)),
+        "parameters": num_parameters(start()),
         "gem_iterations": gem,
         "gradient_iterations": gradient,
-        "vae_updates": vae_steps,
-        "regions": partition(found.decoder).num_regions,
-    }, {f"p{i}": p.detach().float().numpy() for i, p in enumerate(found.decoder.parameters())} | {
-        "noise_var": found.noise_var.numpy()
+        "vae_updates": run.steps,
+        "regions": partition(best.decoder).num_regions,
+    }, {f"p{i}": p.detach().float().numpy() for i, p in enumerate(best.decoder.parameters())} | {
+        "noise_var": best.noise_var.numpy()
     }
 
 
@@ -214,18 +280,35 @@ IMAGE_VAES = {
     "VAE, first noise 0.1": {"noise_var": 0.1, "lr": 1e-3},
     "VAE, first noise 0.1, rate 0.005": {"noise_var": 0.1, "lr": 5e-3},
 }
+GEM, GRADIENT = 30, 100  # iterations
+SIZES = {1: [1, 16, 16, 784], 2: [2, 8, 8, 784]}
 
 
-@experiment("05", "mnist-one-latent", paper=PAPER, hours=0.5, steps=3000, rows=spread_rows)
+@experiment("05", "mnist-one-latent", paper=PAPER, hours=0.3, steps=6000, rows=spread_rows)
 def mnist_one_latent(run):
     """1,000 images of the digit 4, decoder 1-16-16-784: likelihood, anomalies, imputation."""
-    return images(run, [1, 16, 16, 784], 20, 120, run.steps, IMAGE_VAES)
+    return images(run, SIZES[1], GEM, GRADIENT)
 
 
-@experiment("05", "mnist-two-latents", paper=PAPER, hours=0.5, steps=3000, rows=spread_rows)
+@experiment("05", "mnist-two-latents", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
 def mnist_two_latents(run):
     """1,000 images of the digit 4, decoder 2-8-8-784: likelihood, anomalies, imputation."""
-    return images(run, [2, 8, 8, 784], 6, 40, run.steps, IMAGE_VAES)
+    return images(run, SIZES[2], GEM, GRADIENT)
+
+
+ALL_DIGITS = {"digit": None, "num_train": 2000, "num_test": 1000, "num_other": 1000}
+
+
+@experiment("05", "mnist-all-one-latent", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
+def mnist_all_one_latent(run):
+    """2,000 images of all digits, decoder 1-16-16-784; Fashion-MNIST as the outsiders."""
+    return images(run, SIZES[1], 20, 40, **ALL_DIGITS)
+
+
+@experiment("05", "mnist-all-two-latents", paper=PAPER, hours=1.0, steps=6000, rows=spread_rows)
+def mnist_all_two_latents(run):
+    """2,000 images of all digits, decoder 2-8-8-784; Fashion-MNIST as the outsiders."""
+    return images(run, SIZES[2], 20, 40, **ALL_DIGITS)
 
 
 def choice_rows(runs):
@@ -343,3 +426,134 @@ def gaussian_gaps(run):
         "best": best.float().numpy(),
         "two": two.float().numpy(),
     }
+
+
+def _factor(raw, kind):
+    """Cholesky factors [..., K, K] from free parameters; diagonal ones for kind 'diagonal'."""
+    diagonal = torch.diag_embed(torch.exp(raw.diagonal(dim1=-2, dim2=-1)))
+    return diagonal if kind == "diagonal" else diagonal + raw.tril(-1)
+
+
+def mixture_log_prob(z, weight, loc, factor):
+    """log q(z) [S, B] of Gaussian mixtures: z [S, B, K], weight [B, C], loc [B, C, K], factor [B, C, K, K]."""
+    away = torch.linalg.solve_triangular(factor, (z[:, :, None] - loc)[..., None], upper=False)[..., 0]
+    log_det = torch.log(factor.diagonal(dim1=-2, dim2=-1)).sum(-1)
+    each = -0.5 * (away**2 + math.log(2 * math.pi)).sum(-1) - log_det
+    return torch.logsumexp(torch.log(weight) + each, -1)
+
+
+def fit_mixture(decoder, x, noise_var, loc, factor, kind, num_steps, num_nodes=128):
+    """Maximise the bound of a mixture of C Gaussians for each datum, by Adam on fixed nodes: (weight, loc, factor).
+
+    loc [B, C, K] and factor [B, C, K, K]: where to start, with equal weights; kind: "diagonal" or "full".
+    """
+    K = loc.shape[-1]
+    sobol = torch.quasirandom.SobolEngine(K, True, 0).draw(num_nodes, dtype=x.dtype)
+    nodes = torch.special.ndtri(sobol.clamp(1e-6, 1 - 1e-6))
+    raw = factor.tril(-1) + torch.diag_embed(torch.log(factor.diagonal(dim1=-2, dim2=-1)))
+    parts = [t.clone().requires_grad_() for t in (torch.zeros_like(loc[..., 0]), loc, raw)]
+    optimizer = torch.optim.Adam(parts, lr=0.03)
+    for _ in range(num_steps):
+        weight, factor = torch.softmax(parts[0], -1), _factor(parts[2], kind)
+        bound = 0.0
+        for c in range(loc.shape[1]):  # nodes of one component after another
+            z = parts[1][:, c] + torch.einsum("bkl,sl->sbk", factor[:, c], nodes)
+            log_joint = -0.5 * ((x - decoder(z)) ** 2).sum(-1) / noise_var - 0.5 * (z**2).sum(-1)
+            bound = bound + weight[:, c] * (log_joint - mixture_log_prob(z, weight, parts[1], factor)).mean(0)
+        optimizer.zero_grad()
+        (-bound.sum()).backward()
+        optimizer.step()
+    return torch.softmax(parts[0], -1).detach(), parts[1].detach(), _factor(parts[2], kind).detach()
+
+
+def mixture_gap(decoder, x, noise_var, log_px, weight, loc, factor):
+    """KL(q || p(z | x)) [B] of Gaussian mixtures: energy by the regions, exactly; entropy by Gauss-Hermite."""
+    K, energy, entropy = loc.shape[-1], 0.0, 0.0
+    node, mass = np.polynomial.hermite_e.hermegauss(48)
+    nodes = torch.cartesian_prod(*[torch.as_tensor(node)] * K).reshape(-1, K)
+    mass = torch.cartesian_prod(*[torch.as_tensor(mass / mass.sum())] * K).reshape(-1, K).prod(1)
+    for c in range(loc.shape[1]):
+        own = torch.log(factor[:, c].diagonal(dim1=1, dim2=2)).sum(1) + 0.5 * K * (1 + math.log(2 * math.pi))
+        cov = factor[:, c] @ factor[:, c].transpose(1, 2)
+        energy = energy + weight[:, c] * (exact_elbo(decoder, x, noise_var, loc[:, c], cov) - own)
+        z = loc[:, c] + torch.einsum("bkl,sl->sbk", factor[:, c], nodes)
+        entropy = entropy - weight[:, c] * (mass @ mixture_log_prob(z, weight, loc, factor))
+    return log_px - energy - entropy
+
+
+FAMILIES = ("the posterior's own moments", "diagonal Gaussian", "full Gaussian", "two Gaussians")
+
+
+def halves_of(draws, half):
+    """Mean [B, K] and Cholesky factor of the covariance of the draws [S, B, K] that are in the half [S, B]."""
+    weight = half.to(draws) / half.sum(0).clamp_min(1)
+    mean = torch.einsum("sb,sbk->bk", weight, draws)
+    cov = torch.einsum("sb,sbk,sbl->bkl", weight, draws - mean, draws - mean)
+    return mean, torch.linalg.cholesky(cov + 1e-4 * torch.eye(cov.shape[-1], dtype=cov.dtype))
+
+
+def gaps_of(member, x, num_steps):
+    """KL to the exact posterior of the best member of each Gaussian family that was found, {family: [B]}."""
+    decoder, noise_var = member.decoder.requires_grad_(False), member.noise_var
+    posterior = exact_posterior(decoder, x, noise_var)
+    mean, root = posterior.mean, torch.linalg.cholesky(posterior.covariance)
+    gap = lambda q: mixture_gap(decoder, x, noise_var, posterior.log_px, *q)
+    one = torch.ones(len(x), 1, dtype=x.dtype)
+    found = {FAMILIES[0]: gap((one, mean[:, None], root[:, None]))}
+    # A narrow start at the best of a few exact draws finds the mode that a wide one would average away.
+    draws = posterior.sample(64, generator=torch.Generator().manual_seed(0))
+    best = draws.gather(0, posterior.log_prob(draws).argmax(0)[None, :, None].expand(1, *mean.shape))[0]
+    narrow = 0.3 * root
+    for family, kind in zip(FAMILIES[1:3], ("diagonal", "full"), strict=True):
+        starts = ((mean, root), (best, narrow))
+        each = [gap(fit_mixture(decoder, x, noise_var, l[:, None], f[:, None], kind, num_steps)) for l, f in starts]
+        found[family] = torch.stack(each).amin(0)
+    # Two: at the best draw and the one furthest from it; and on either side of the mean, along the widest direction.
+    far = torch.linalg.solve_triangular(root, (draws - best)[..., None], upper=False).square().sum((-1, -2)).argmax(0)
+    other = draws.gather(0, far[None, :, None].expand(1, *mean.shape))[0]
+    starts = [(torch.stack([best, other], 1), torch.stack([narrow, narrow], 1))]
+    widest = torch.linalg.eigh(posterior.covariance).eigenvectors[..., -1]
+    side = ((draws - mean) * widest).sum(-1) > 0  # [64, B]
+    halves = [halves_of(draws, half) for half in (side, ~side)]
+    starts.append(tuple(torch.stack(part, 1) for part in zip(*halves, strict=True)))
+    two = [gap(fit_mixture(decoder, x, noise_var, loc, factor, "full", num_steps)) for loc, factor in starts]
+    # Each family holds the ones before it.
+    found[FAMILIES[2]] = torch.minimum(found[FAMILIES[2]], torch.minimum(found[FAMILIES[0]], found[FAMILIES[1]]))
+    found[FAMILIES[3]] = torch.stack([*two, found[FAMILIES[2]]]).amin(0)
+    return found
+
+
+def family_rows(runs):
+    """A row a member of the cast and family."""
+    rows = []
+    for name in ("wave", "digits2"):
+        for family in FAMILIES:
+            values = [run["figures"][name][family] for run in runs]
+            mean = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+            rows.append({"decoder": name, "family": family, **mean})
+    return rows
+
+
+@experiment("05", "gaussian-families", hours=0.1, steps=250, rows=family_rows)
+def gaussian_families(run):
+    """Decoders of the cast, one and two latents: exact KL of Gaussian families to the posterior, per datum."""
+    figures, arrays = {"num_data": 80}, {}
+    for member in (cast.wave(), cast.digits2()):
+        generator = torch.Generator().manual_seed(run.seed)
+        z = torch.randn(80, member.num_latents, generator=generator, dtype=torch.float64)
+        clean = member.decoder(z).detach()
+        noise = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+        x = torch.cat([member.x, clean + member.noise_var**0.5 * noise])
+        found = gaps_of(member, x, run.steps)
+        torn = list(member.points).index("torn")
+        figures[member.name] = {
+            family: {
+                "mean": float(value[4:].mean()),
+                "median": float(value[4:].median()),
+                "largest": float(value[4:].max()),
+                "torn": float(value[torn]),
+            }
+            for family, value in found.items()
+        }
+        arrays |= {f"{member.name}_{i}": found[family].float().numpy() for i, family in enumerate(FAMILIES)}
+    return figures, arrays
