@@ -274,13 +274,21 @@ class MultiLayerGenerator(nn.Module):
         """Gradient of log p(x, z) in z, which is that of log p(z | x) (eq-sr-score): [S, B, K], from one pass
         through the decoder.
 
-        Rows are independent, so the sum over all chains is differentiated; nothing mixes them (no batch
-        normalisation). Weights get no gradient. Arguments as in `log_joint`, z flat.
+        For noises it is J^T (x - mean) / noise_var - z, J the Jacobian of the mean: one product with J^T, no density
+        needed. Rows are independent, so all chains go through one call; nothing mixes them (no batch normalisation).
+        Weights get no gradient. Arguments as in `log_joint`, z flat.
         """
+        choice("coordinates", coordinates, ("noise", "state"))
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            value = self.log_joint(x, z, coordinates=coordinates, observed=observed).sum()
-            return torch.autograd.grad(value, z)[0]
+            if coordinates == "state":
+                value = self.log_joint(x, z, coordinates=coordinates, observed=observed).sum()
+                return torch.autograd.grad(value, z)[0]
+            mean = self.mean(z)
+            residual = (self._check_x(x) - mean.detach()) / self.noise_var
+            if observed is not None:
+                residual = torch.where(observed, residual, torch.zeros_like(residual))
+            return torch.autograd.grad(mean, z, residual)[0] - z.detach()
 
     def as_arrays(self):
         """The weights as `scratch` takes them, {"heads", "blocks", "readout"}: lists of [(W [out, in], b [out]), ...].

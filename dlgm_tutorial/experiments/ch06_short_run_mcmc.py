@@ -1,0 +1,536 @@
+"""Chapter 6's experiments: short-run inference on images, against networks that infer, at equal updates and time.
+
+Pixels lie in [0, 1], the likelihood is Gaussian with a fixed variance, means leave through a sigmoid. Errors are
+squares per pixel. The quality of samples is judged by a classifier trained here on the same training images: the
+Frechet distance between its hidden features of samples and of test images. That is not the FID of the literature, whose
+network and data are others, and the two must not be compared.
+"""
+
+import time
+
+import numpy as np
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+from torch import nn
+from torch.nn import functional as F
+
+from dlgm_tutorial import cast
+from dlgm_tutorial.evaluation import knn_error
+from dlgm_tutorial.networks import mlp
+from dlgm_tutorial.reproduce import experiment
+from dlgm_tutorial.short_run_mcmc import (
+    BottomUpEncoder,
+    LayeredVAE,
+    MultiLayerGenerator,
+    ShortRunModel,
+    inpaint,
+    largest_curvature,
+    propagate_on_grid,
+    semi_implicit_bounds,
+    short_run_loss,
+    tune_step_size,
+)
+from dlgm_tutorial.training import fit
+
+__all__ = []
+
+PAPER = "Nijkamp, Pang, Han, Zhou, Zhu and Wu 2020"
+
+
+def draws(seed):
+    return torch.Generator().manual_seed(1000 + seed)
+
+
+def some_rows(labels, num, seed=0):
+    """A fixed random choice of num rows."""
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(labels))[:num]))
+
+
+# ---------------------------------------------------------------- the judge of samples
+def train_judge(x, y, seed, num_steps=800):
+    """A classifier D-256-64-C; its 64 hidden units are the features of the distance."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(*mlp([x.shape[1], 256, 64]), nn.ReLU(), nn.Linear(64, int(y.max()) + 1))
+    loss = lambda model, batch, noise: F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+    fit(net, (x, y), loss=loss, num_steps=num_steps, batch_size=min(100, len(x)), lr=1e-3, seed=seed, device="cpu")
+    return net.requires_grad_(False)
+
+
+def frechet(a, b):
+    """Squared Frechet distance between normals with the moments of the features a [N, H] and b [M, H]."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.mT), torch.cov(b.mT)
+    eigenvalues, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * eigenvalues.clamp_min(0).sqrt()) @ vectors.mT
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + torch.trace(cov_a) + torch.trace(cov_b) - 2 * cross)
+
+
+@torch.no_grad()
+def sample_quality(judge, images, test):
+    """Distance of the images' features from the test images', and what the classifier says of them."""
+    probability = judge(images).softmax(-1)
+    mean = probability.mean(0)
+    return {"feature_distance": frechet(judge[:-1](images), judge[:-1](test)),
+            "confidence": float(probability.amax(-1).mean()),
+            "class_entropy": float(-(mean * mean.clamp_min(1e-12).log()).sum())}
+
+
+# ---------------------------------------------------------------- what each layer does
+@torch.no_grad()
+def layer_roles(model, train_x, train_y, test_x, test_y, judge, seed, *, num=400, num_samples=8):
+    """For each layer: how much of x its redrawing changes, and what its latents know of the class.
+
+    alone: variance of E[x | z] from this layer given none of the others (first-order index); total: expected variance
+    left when all others are held; both as shares. knn_error: of the class from the layer's own noises (mean of several
+    end points). label_changes: share of test images whose class, to the classifier, changes when this layer is redrawn.
+    """
+    generator, g = model.generator, draws(seed)
+    one, other = (generator.split(generator.sample_latents(num, generator=g)) for _ in range(2))
+    x = generator.mean(one)
+    variance = x.var(0).sum()
+    features = [generator.split(model.infer(rows, num_samples=num_samples, generator=g).mean(0))
+                for rows in (train_x, test_x)]
+    z = generator.split(model.infer(test_x, generator=g)[0])
+    before = judge(generator.mean(z)).argmax(-1)
+    fresh = generator.split(generator.sample_latents(len(test_x), generator=g))
+    roles = []
+    for layer in range(model.num_layers):
+        put = lambda base, new, layer=layer: tuple(n if i == layer else b for i, (b, n) in
+                                                   enumerate(zip(base, new, strict=True)))
+        only, rest = generator.mean(put(other, one)), generator.mean(put(one, other))
+        after = judge(generator.mean(put(z, fresh))).argmax(-1)
+        roles.append({"latents": model.latent_dims[layer],
+                      "alone": float(((x - x.mean(0)) * (only - only.mean(0))).mean(0).sum() / variance),
+                      "total": float(0.5 * (x - rest).square().mean(0).sum() / variance),
+                      "knn_error": knn_error(features[0][layer], train_y, features[1][layer], test_y),
+                      "label_changes": float((after != before).float().mean())})
+    return roles
+
+
+# ---------------------------------------------------------------- occlusions, anomalies
+@torch.no_grad()
+def occlusion_figures(model, x, image_shape, seed, num_chains=8):
+    """Squared error per hidden pixel: a hidden square of half the side, and half of all pixels at random."""
+    _, height, width = image_shape
+    planes = x.shape[1] // (height * width)
+    square = torch.ones(height, width, dtype=torch.bool)
+    square[height // 4: height // 4 + height // 2, width // 4: width // 4 + width // 2] = False
+    masks = {"square": square.flatten().repeat(planes).expand_as(x),
+             "half at random": torch.rand(x.shape, generator=draws(seed)) < 0.5}
+    figures = {}
+    for name, observed in masks.items():
+        found = inpaint(model, x, observed, num_chains=num_chains, generator=draws(seed))
+        error = lambda guess, observed=observed: float((guess - x)[~observed].square().mean())
+        figures[name] = {"mean_of_chains": error(found.mean), "one_chain": error(found.chains[0]),
+                         "pixel_mean": error(x.mean(0).expand_as(x)), "scale": float(found.scale[~observed].mean())}
+    return figures
+
+
+# ---------------------------------------------------------------- training and judging
+def capped_step(data, step_size, seed, num=100):
+    """After each epoch: s = min(step_size, sqrt(2 / lambda)), where single steps stop folding the space; lambda is the
+    0.9 quantile of the largest curvature at the end points of num training images."""
+    def after_epoch(model, epoch):
+        x = data[:num]
+        z = model.infer(x, generator=draws(seed))
+        with torch.no_grad():
+            curvature = float(largest_curvature(lambda z: model.log_joint(x, z), z, num_iterations=15,
+                                                generator=draws(seed)).quantile(0.9))
+        model.set_step_size(min(step_size, (2 / curvature) ** 0.5))
+        return {"curvature": curvature, "step_size": float(model.step_size[0])}
+    return after_epoch
+
+
+def stepped_rate(num_steps, lr):
+    """Learning rate that falls to 0.3 and to 0.1 of lr after 60 % and 85 % of the steps."""
+    return lambda step: lr * (1.0 if step < 0.6 * num_steps else 0.3 if step < 0.85 * num_steps else 0.1)
+
+
+def train(run, part, model, data, held_out, *, batch_size, lr=1e-3, step_size=None, num_steps=None, eval_every=1):
+    """Fit, following the squared error on held_out images along the way: figures with the curve against time."""
+    settings = run.fit_options(part)
+    num_steps = settings["num_steps"] = num_steps or settings["num_steps"]
+    cap = None if step_size is None else capped_step(data, step_size, run.seed)
+    per_epoch = len(data) // batch_size
+
+    def after_epoch(model, epoch):
+        figures = cap(model, epoch) if cap else {}
+        if (epoch + 1) % eval_every == 0:
+            again = model.reconstruct(held_out, generator=draws(run.seed))
+            figures["error"] = float((held_out - again).square().mean())
+        return figures
+
+    persistent = getattr(model, "start", None) == "persistent"
+    loss = short_run_loss if isinstance(model, ShortRunModel) else None
+    started = time.process_time()
+    history = fit(model, (data, torch.arange(len(data))) if persistent else data, batch_size=batch_size,
+                  lr=stepped_rate(num_steps, lr), loss=loss, after_epoch=after_epoch,
+                  record_every=max(1, min(5 * per_epoch, num_steps)), **settings)
+    marks = [r for r in history if "error" in r]
+    figures = {"N": len(data), "batch_size": batch_size, "updates": history[-1]["step"],
+               "epochs": round(history[-1]["step"] / per_epoch, 2), "train_objective": history[-1]["bound"],
+               "parameters": sum(p.numel() for p in model.parameters()),
+               "generator_parameters": sum(p.numel() for p in model.generator.parameters()),
+               "seconds": history[-1]["seconds"], "processor_seconds": time.process_time() - started,
+               "curve": {"updates": [r["step"] for r in marks], "seconds": [round(r["seconds"], 2) for r in marks],
+                         "error": [round(r["error"], 6) for r in marks]}}
+    if cap:
+        figures["curve"]["step_size"] = [round(r["step_size"], 5) for r in marks]
+        figures["curve"]["curvature"] = [round(r["curvature"], 2) for r in marks]
+        figures["final_step_size"] = float(model.step_size[0])
+    return figures
+
+
+@torch.no_grad()
+def judged(model, test, judge, seed, *, num_samples=1000, num_ais=20, ais_steps=150):
+    """Reconstruction of test images, quality of samples, and log p(x) by annealing for a few of them."""
+    g = draws(seed)
+    figures = {"test_error": float((test - model.reconstruct(test, generator=g)).square().mean()),
+               "test_error_8": float((test - model.reconstruct(test, num_samples=8, generator=g)).square().mean()),
+               "num_test": len(test)}
+    images = model.generator.mean(model.generator.sample_latents(num_samples, generator=g))
+    figures.update(sample_quality(judge, images, test))
+    if num_ais:
+        few = test[:num_ais]
+        start = time.process_time()
+        found = ShortRunModel(model.generator).log_likelihood(few, 8, num_steps=ais_steps, generator=g)
+        figures.update(log_likelihood=float(found.value.mean()),
+                       log_likelihood_se=float(found.value.std() / num_ais**0.5),
+                       ais_error=float(found.standard_error.mean()), num_ais=num_ais,
+                       ais_seconds=time.process_time() - start)
+    return figures
+
+
+def pictures(model, test, image_shape, seed, num=8):
+    """Small stacks of images, uint8: test, reconstructions, samples, occluded and completed, one layer redrawn."""
+    g, byte = draws(seed), lambda v: (255 * v.clamp(0, 1)).round().to(torch.uint8)
+    generator = model.generator
+    x = test[:num]
+    arrays = {"test": byte(x), "reconstructed": byte(model.reconstruct(x, generator=g))}
+    with torch.no_grad():
+        arrays["samples"] = byte(generator.mean(generator.sample_latents(40, generator=g)))
+        z = generator.split(model.infer(x, generator=g)[0])
+        for layer in range(model.num_layers):
+            rows = []
+            for _ in range(6):
+                fresh = generator.split(generator.sample_latents(num, generator=g))
+                rows.append(generator.mean(tuple(fresh[i] if i == layer else z[i] for i in range(model.num_layers))))
+            arrays[f"layer{layer + 1}"] = byte(torch.stack(rows))
+    if isinstance(model, ShortRunModel):
+        _, height, width = image_shape
+        hidden = torch.zeros(height, width, dtype=torch.bool)
+        hidden[height // 4: height // 4 + height // 2, width // 4: width // 4 + width // 2] = True
+        observed = (~hidden).flatten().repeat(x.shape[1] // hidden.numel())
+        found = inpaint(model, x, observed, num_chains=8, generator=g)
+        arrays |= {"occluded": byte(torch.where(observed, x, torch.zeros_like(x))), "completed": byte(found.mean),
+                   "completed_scale": byte(found.scale)}
+    return arrays
+
+
+def rows_by_method(runs):
+    """One row a method: means over the seeds, with the standard error of the test error between them."""
+    rows = []
+    for name, first in runs[0]["figures"].items():
+        if not isinstance(first, dict) or "test_error" not in first:
+            continue
+        parts = [run["figures"][name] for run in runs if name in run["figures"]]
+        mean = lambda key, parts=parts: float(np.mean([p[key] for p in parts])) if key in parts[0] else None
+        errors = [p["test_error"] for p in parts]
+        rows.append({"method": name,
+                     **{key: first.get(key) for key in ("N", "epochs", "updates", "generator_parameters")},
+                     "seeds": len(parts), **{key: mean(key) for key in (
+                         "seconds", "test_error", "test_error_8", "feature_distance", "log_likelihood",
+                         "final_step_size")},
+                     "standard_error": float(np.std(errors, ddof=1) / len(errors) ** 0.5) if len(errors) > 1 else None})
+    return rows
+
+
+# ---------------------------------------------------------------- MNIST and its like, one and three layers
+WIDTHS = {1: ((30,), ((128, 128),)), 3: ((30, 20, 10), ((128, 128), (48,), (48,)))}
+NOISE_VAR = 0.09
+
+
+def grey_generator(num_layers, data_dim=784):
+    dims, hidden = WIDTHS[num_layers]
+    return MultiLayerGenerator(data_dim, dims, hidden, noise_var=NOISE_VAR, output="sigmoid")
+
+
+def image_figures(run, name, make, models, *, num_train=None, batch_size=250, step_size=0.1, lr=2e-3, arrays=False,
+                  eval_every=2, light=False):
+    """Train models {name: (wrap a generator, share of the run's steps)} on one data set, and judge each."""
+    train_set, test_set = run.load(name, "train"), run.load(name, "test")
+    data, labels = train_set.x[:num_train], train_set.y[:num_train]
+    rows = some_rows(test_set.y, min(1000, len(test_set.y)))
+    test, test_y = test_set.x[rows], test_set.y[rows]
+    judge = train_judge(train_set.x[:20_000], train_set.y[:20_000], run.seed)
+    with torch.no_grad():
+        accuracy = float((judge(test).argmax(-1) == test_y).float().mean())
+    figures = {"judge": {"accuracy": accuracy, "training_images": sample_quality(judge, data[:1000], test)}}
+    kept = None
+    for title, (wrap, share) in models.items():
+        torch.manual_seed(run.seed)
+        model = wrap(make(), len(data))
+        part = "".join(c if c.isalnum() else "-" for c in title)
+        chain = isinstance(model, ShortRunModel)
+        figures[title] = train(run, part, model, data, test[:300], batch_size=batch_size, lr=lr, eval_every=eval_every,
+                               step_size=step_size if chain else None, num_steps=max(1, round(share * run.steps)))
+        size, num = ((8, 50), 500) if light else ((20, 100), 1000)
+        figures[title].update(judged(model, test[:num], judge, run.seed, num_ais=size[0], ais_steps=size[1]))
+        figures[title]["layers"] = layer_roles(model, data[:num], labels[:num], test[:500], test_y[:500], judge,
+                                               run.seed, num_samples=2 if light else 4)
+        if chain:
+            figures[title]["occlusion"] = occlusion_figures(model, test[:100 if light else 200],
+                                                            test_set.image_shape, run.seed)
+        if arrays and kept is None:
+            kept = pictures(model, test, test_set.image_shape, run.seed)
+            kept |= {name.replace(".", "/"): p.half() for name, p in model.generator.state_dict().items()}
+    return figures, kept
+
+
+def langevin(**options):
+    def make(generator, num):
+        num_data = num if options.get("start") == "persistent" else None
+        return ShortRunModel(generator, num_data=num_data, **{"num_steps": 20, "step_size": 0.1, **options})
+    return make
+
+
+def vae(**options):
+    return lambda generator, num: LayeredVAE(generator, **options)
+
+
+SHORT_RUN = {"short run, 20 steps": (langevin(), 1.0)}
+OPPONENTS = {"VAE, equal updates": (vae(), 1.0), "short run from an encoder, 5 steps": (langevin(start="encoder",
+             num_steps=5), 1.0), "VAE, ten times the updates": (vae(), 10.0)}
+
+
+@experiment("06", "mnist-one", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
+            rows=rows_by_method)
+def mnist_one(run):
+    """One latent layer on all of MNIST, K = 20 Langevin steps, 20 epochs."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), SHORT_RUN, arrays=True)
+
+
+@experiment("06", "mnist-three", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
+            rows=rows_by_method)
+def mnist_three(run):
+    """Three latent layers on all of MNIST, K = 20 Langevin steps, 20 epochs."""
+    return image_figures(run, "mnist", lambda: grey_generator(3), SHORT_RUN, arrays=True)
+
+
+@experiment("06", "mnist-one-opponents", paper=PAPER, table="against a VAE", hours=0.4, steps=4800,
+            rows=rows_by_method)
+def mnist_one_opponents(run):
+    """Networks that infer, one layer: equal updates, about equal time, and a chain that starts at an encoder."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), OPPONENTS, eval_every=5)
+
+
+@experiment("06", "mnist-three-opponents", paper=PAPER, table="against a ladder", hours=0.4, steps=4800,
+            rows=rows_by_method)
+def mnist_three_opponents(run):
+    """The same on the three-layer generator; the VAE's encoder climbs from layer to layer."""
+    return image_figures(run, "mnist", lambda: grey_generator(3), OPPONENTS, eval_every=5)
+
+
+def conv_generator(image_shape, channels=8):
+    side = image_shape[1] // 2
+    sizes = (side, *[side // 2] * 4)
+    return MultiLayerGenerator.convolutional(image_shape, (16, 12, 10, 8, 8), channels, noise_var=NOISE_VAR,
+                                             sizes=sizes)
+
+
+@experiment("06", "mnist-conv", paper=PAPER, table="five layers", hours=0.3, steps=500, rows=rows_by_method)
+def mnist_conv(run):
+    """A convolutional generator with five latent layers on 10,000 MNIST images, K = 20, 5 epochs."""
+    return image_figures(run, "mnist", lambda: conv_generator((1, 28, 28)), SHORT_RUN, num_train=10_000,
+                         batch_size=100, arrays=True, light=True)
+
+
+@experiment("06", "fashion", paper=PAPER, table="reconstruction and synthesis", hours=0.5, steps=4800,
+            rows=rows_by_method)
+def fashion(run):
+    """The three-layer generator on Fashion-MNIST, short run and VAE at equal updates."""
+    return image_figures(run, "fashion_mnist", lambda: grey_generator(3),
+                         {"short run, 20 steps": (langevin(), 1.0), "VAE, equal updates": (vae(), 1.0)}, arrays=True)
+
+
+@experiment("06", "cifar", paper=PAPER, table="reconstruction and synthesis", hours=0.5, steps=1000,
+            rows=rows_by_method)
+def cifar(run):
+    """The five-layer convolutional generator on the CIFAR-10 subset (colour, 32 x 32), short run and VAE."""
+    def make():
+        return conv_generator((3, 32, 32), 12)
+    return image_figures(run, "cifar10_subset", make,
+                         {"short run, 20 steps": (langevin(), 1.0), "VAE, equal updates": (vae(), 1.0)}, batch_size=50,
+                         light=True)
+
+
+# ---------------------------------------------------------------- an outsider
+@experiment("06", "anomaly", paper=PAPER, table="anomaly detection", hours=0.3, steps=1500)
+def anomaly(run):
+    """One MNIST digit held out of 10,000 training images, scored by log p(x, z_T); short run and VAE."""
+    train_set, test_set = run.load("mnist", "train"), run.load("mnist", "test")
+    rows = some_rows(test_set.y, 2000)
+    test, outside = test_set.x[rows], test_set.y[rows]
+    figures = {}
+    for digit in (1, 4, 9):
+        data = train_set.x[train_set.y != digit][:10_000]
+        truth = (outside == digit).numpy()
+        for name, wrap in (("short run", langevin()), ("VAE", vae())):
+            torch.manual_seed(run.seed)
+            model = wrap(grey_generator(1), len(data))
+            fitted = train(run, f"{name.replace(' ', '-')}-{digit}", model, data, test[:100], batch_size=100,
+                           step_size=0.1 if name == "short run" else None, eval_every=5)
+            with torch.no_grad():
+                z = model.infer(test, num_samples=8, generator=draws(run.seed))
+                scores = {"log_joint": -model.log_joint(test, z).mean(0),
+                          "error": (test - model.generator.mean(z)).square().mean(-1).mean(0)}
+            figures[f"{name}, without {digit}"] = {
+                **{key: {"AUROC": float(roc_auc_score(truth, s)), "AUPRC": float(average_precision_score(truth, s))}
+                   for key, s in scores.items()},
+                "share": float(truth.mean()), "N": fitted["N"], "updates": fitted["updates"]}
+    return figures
+
+
+# ---------------------------------------------------------------- the digits
+def digits_generator(num_layers):
+    dims = {1: (10,), 2: (8, 4), 3: (8, 4, 2), 5: (8, 4, 4, 2, 2)}[num_layers]
+    return MultiLayerGenerator(64, dims, ((64,),) + ((24,),) * (num_layers - 1), noise_var=0.04, output="sigmoid")
+
+
+def small_vae():
+    return lambda generator, num: LayeredVAE(generator, hidden_dims=64)
+
+
+def small_encoder(**options):
+    def make(generator, num):
+        return ShortRunModel(generator, start="encoder", encoder=BottomUpEncoder(64, generator.latent_dims, 64),
+                             step_size=0.1, **options)
+    return make
+
+
+DIGITS = {**{f"L = {n}, short run": (n, langevin(), 1.0) for n in (1, 2, 3, 5)},
+          **{f"L = {n}, VAE, equal updates": (n, small_vae(), 1.0) for n in (1, 3)},
+          **{f"L = {n}, VAE, equal time": (n, small_vae(), None) for n in (1, 3)},
+          "L = 3, from an encoder, 5 steps": (3, small_encoder(num_steps=5), 1.0),
+          "L = 3, persistent, 5 steps": (3, langevin(start="persistent", num_steps=5), 1.0),
+          "L = 3, without noise": (3, langevin(stochastic=False), 1.0),
+          "L = 3, accept or reject": (3, langevin(kernel="mala"), 1.0),
+          "L = 3, HMC, 4 x 5": (3, langevin(kernel="hmc", num_steps=4, num_leapfrog=5), 1.0)}
+SWEEP = [(5, 0.1), (50, 0.1), (20, 0.03), (20, 0.05), (20, 0.15)]
+
+
+def digit_data(run):
+    train_set, test_set = run.load("digits", "train"), run.load("digits", "test")
+    return train_set.x, train_set.y, test_set.x, test_set.y
+
+
+def digit_model(run, part, make, num_layers, data, test, judge, num_steps):
+    torch.manual_seed(run.seed)
+    model = make(digits_generator(num_layers), len(data))
+    figures = train(run, "".join(c if c.isalnum() else "-" for c in part), model, data, test, batch_size=100, lr=3e-3,
+                    num_steps=num_steps, eval_every=max(1, num_steps // 120))
+    figures.update(judged(model, test, judge, run.seed, num_ais=40, ais_steps=100))
+    return model, figures
+
+
+@experiment("06", "digits", paper=PAPER, table="layers and inference, small", hours=0.2, steps=1200,
+            rows=rows_by_method)
+def digits(run):
+    """Layers, kernels, starts and opponents on the 8x8 digits, at equal updates and at equal time."""
+    data, labels, test, test_y = digit_data(run)
+    judge = train_judge(data, labels, run.seed, 600)
+    figures = {"judge": {"training_images": sample_quality(judge, data, test)}}
+    kept = None
+    for name, (num_layers, make, share) in DIGITS.items():
+        steps = run.steps
+        if share is None:  # as many updates as the chain's time allows
+            chain, other = (figures[f"L = {num_layers}, {what}"] for what in ("short run", "VAE, equal updates"))
+            ratio = (chain["processor_seconds"] / chain["updates"]) / (other["processor_seconds"] / other["updates"])
+            steps = round(run.steps * max(1.0, ratio))
+        model, figures[name] = digit_model(run, name, make, num_layers, data, test, judge, steps)
+        figures[name]["layers"] = layer_roles(model, data, labels, test, test_y, judge, run.seed)
+        if isinstance(model, ShortRunModel):
+            figures[name]["occlusion"] = occlusion_figures(model, test[:200], (1, 8, 8), run.seed)
+        if name == "L = 3, short run":
+            kept = pictures(model, test, (1, 8, 8), run.seed)
+            kept |= {key.replace(".", "/"): p.half() for key, p in model.generator.state_dict().items()}
+    return figures, kept
+
+
+@experiment("06", "digits-steps", paper=PAPER, table="influence of K and s", hours=0.1, steps=1200, rows=rows_by_method)
+def digits_steps(run):
+    """Number and size of the steps on the 8x8 digits, three layers; the paper's objective tunes the last one."""
+    data, labels, test, _ = digit_data(run)
+    judge = train_judge(data, labels, run.seed, 600)
+    figures = {}
+    for num, size in SWEEP:
+        name = f"T = {num}, s = {size}"
+        _, figures[name] = digit_model(run, name, langevin(num_steps=num, step_size=size), 3, data, test, judge,
+                                       run.steps)
+        figures[name].update(num_steps=num, step_size=size)
+    torch.manual_seed(run.seed)
+    model = ShortRunModel(digits_generator(3), num_steps=20, step_size=0.1)
+    chosen = []
+    grid = torch.tensor([0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16])
+    settings = run.fit_options("tuned")
+    rounds = 6
+    total = 0.0
+    for k in range(1, rounds + 1):  # the paper re-tunes every few epochs
+        settings |= {"num_steps": round(run.steps * k / rounds), "checkpoint": None}
+        part = {**settings, "num_steps": round(run.steps / rounds), "seed": run.seed + 100 * k}
+        history = fit(model, data, batch_size=100, lr=3e-3 if k < 5 else 1e-3, loss=short_run_loss, **part)
+        total += history[-1]["seconds"]
+        values = {}
+        for objective in ("jacobian", "semi_implicit"):
+            found = tune_step_size(model, data[:16], num_steps=20, objective=objective, grid=grid, num_chains=16,
+                                   generator=draws(k))
+            values[objective] = found.step_size
+        model.set_step_size(values["jacobian"])
+        chosen.append(values)
+    figures["T = 20, s tuned by the paper's objective"] = {
+        "N": len(data), "updates": run.steps, "epochs": round(run.steps / (len(data) // 100), 2), "seconds": total,
+        "generator_parameters": sum(p.numel() for p in model.generator.parameters()),
+        "chosen": {key: [c[key] for c in chosen] for key in chosen[0]}, "final_step_size": float(model.step_size[0]),
+        **judged(model, test, judge, run.seed, num_ais=40, ais_steps=100)}
+    return figures
+
+
+# ---------------------------------------------------------------- the cast
+@experiment("06", "portrait", paper=PAPER, table="true against approximate posterior", hours=0.05)
+def portrait(run):
+    """Short runs on the cast's fixed decoders: the law of the end point, exact or enclosed, at the best step size."""
+    figures, arrays = {}, {}
+    for name in ("line", "wave"):
+        member = cast.load(name)
+        log_density = lambda z, member=member: member.log_joint(member.x, z)
+        law = lambda s, num=20, log_density=log_density: propagate_on_grid(log_density, s, num, low=-7.0, high=7.0,
+                                                                          num_points=1401)
+        sizes = [0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.17, 0.2, 0.25]
+        kl = torch.stack([law(s).kl for s in sizes])  # [sizes, 4]
+        shared = int(kl.mean(1).argmin())
+        own = kl.amin(0)
+        figures[name] = {"sizes": sizes, "kl": kl.tolist(), "step_size": sizes[shared], "num_steps": 20,
+                         "bound": (member.log_evidence - kl[shared]).tolist(), "approximation": own.tolist(),
+                         "amortization": (kl[shared] - own).tolist(),
+                         "kl_at_100_steps": law(sizes[shared], 100).kl.tolist()}
+        best = law(sizes[shared])
+        arrays |= {f"{name}/points": best.points.float(), f"{name}/density": best.density.float()}
+    member = cast.load("digits2")
+    model = ShortRunModel(decoder=member.decoder, noise_var=member.noise_var, freeze_decoder=True, num_steps=20)
+    sizes, bounds = [0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.13], []
+    for s in sizes:
+        z0 = torch.randn(1000, 4, 2, generator=draws(run.seed), dtype=torch.float64)
+        found = semi_implicit_bounds(lambda z: model.log_joint(member.x, z), z0, s, 20, generator=draws(run.seed + 1))
+        bounds.append(torch.stack([found.lower, found.upper]))
+    bounds = torch.stack(bounds)  # [sizes, 2, 4]: a sandwich of each ELBO
+    shared = int(bounds[:, 0].mean(1).argmax())
+    model.set_step_size(sizes[shared])
+    z = model.infer(member.x, num_samples=500, generator=draws(run.seed))
+    figures["digits2"] = {"sizes": sizes, "lower": bounds[:, 0].tolist(), "upper": bounds[:, 1].tolist(),
+                          "step_size": sizes[shared], "num_steps": 20, "bound": bounds[shared, 0].tolist(),
+                          "bound_upper": bounds[shared, 1].tolist(),
+                          "approximation": (member.log_evidence - bounds[:, 0].amax(0)).tolist(),
+                          "amortization": (bounds[:, 0].amax(0) - bounds[shared, 0]).tolist()}
+    arrays["digits2/samples"] = z.float()
+    return figures, arrays
