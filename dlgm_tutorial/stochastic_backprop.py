@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from . import evaluation
-from .distributions import DiagonalNormal, FullNormal, LowRankPrecisionNormal, RankOnePrecisionNormal
+from .distributions import DiagonalNormal, FullNormal, LowRankPrecisionNormal, RankOnePrecisionNormal, _all_finite
 from .likelihoods import Bernoulli, Gaussian
 from .networks import mlp, weights_of
 
@@ -236,6 +236,18 @@ def _choice(name, value, known):
     return value
 
 
+def _check_decoder(decoder, size, data_dim):
+    """One look at what a given decoder makes of zeros: a width that does not fit is named here, not in a product."""
+    like = next(iter(decoder.parameters()), torch.empty(0))
+    try:
+        with torch.no_grad():
+            shape = list(decoder(torch.zeros(2, size, dtype=like.dtype, device=like.device)).shape)
+    except RuntimeError as error:
+        raise ValueError(f"decoder must map [..., {size}] to [..., {data_dim}], but refuses [2, {size}]") from error
+    if shape != [2, data_dim]:
+        raise ValueError(f"decoder must map [..., {size}] to [..., {data_dim}], but makes {shape} of [2, {size}]")
+
+
 def _soft_clip(raw, limit=10.0):
     """Between -limit and limit, near the identity for small arguments, and never without a gradient."""
     return limit * torch.tanh(raw / limit)
@@ -320,6 +332,7 @@ class DLGM(nn.Module):
         below = (data_dim, *self.latent_dims)  # T_l maps h_{l+1} to h_l, T_0 to the data
         networks = [mlp([below[l + 1], *hidden[l], below[l]], activation) for l in range(self.num_layers)]
         if decoder is not None:
+            _check_decoder(decoder, self.latent_dims[0], data_dim)
             networks = [decoder.requires_grad_(not freeze_decoder)]
         self.networks = nn.ModuleList(networks)
         start = torch.ones if self.noise_matrix == "diagonal" else torch.eye
@@ -452,6 +465,8 @@ class DLGM(nn.Module):
 
     def _posterior(self, x, flat=False):
         x = self._checked(x)
+        if not _all_finite(x):
+            raise ValueError("x must be finite, got NaN or infinity: `impute` is for missing entries")
         return LayeredPosterior([layer(x) for layer in self.recognition], flat=flat)
 
     def posterior(self, x):

@@ -4,6 +4,7 @@ The reference numbers are the chapter's cases A to K: closed forms, quadrature a
 """
 
 import itertools
+import math
 
 import autograd.numpy as anp
 import numpy as np
@@ -18,6 +19,7 @@ from dlgm_tutorial import stochastic_backprop as sb
 from dlgm_tutorial.checks import check_mc
 from dlgm_tutorial.networks import mlp_from_weights
 from dlgm_tutorial.scratch import stochastic_backprop as scratch
+from dlgm_tutorial.training import fit
 
 FAMILIES = ("diagonal", "rank1", "rank_r", "full")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -644,6 +646,20 @@ def test_impute_with_nothing_missing_or_nothing_observed():
     assert bool(torch.isfinite(nothing.x).all())
 
 
+def test_impute_with_nothing_observed_samples_the_model():
+    """A mask that hides everything: the tested chain's law is p(x), whatever q is."""
+    torch.manual_seed(11)
+    model = sb.DLGM(4, 2, 3, activation="tanh").double()
+    with torch.no_grad():
+        for p in model.networks.parameters():
+            p.mul_(2.0)
+    nodes, weights = (torch.as_tensor(a) for a in oracles.gauss_hermite_nodes(np.zeros(2), np.eye(2), 40))
+    want = weights @ model.observation(nodes).mean.detach()
+    chain = sb.impute(model, torch.full((1, 4), float("nan")).double(), torch.zeros(4, dtype=torch.bool), num_sweeps=40,
+                      method="metropolis", num_chains=20_000, generator=torch.Generator().manual_seed(12))
+    check_mc(chain.x[:, 0], want, "eq-sb-metropolis", what="nothing observed: the model's own marginals")
+
+
 def test_impute_refuses_bad_input():
     model, x = sb.DLGM(4, 2, 3), torch.zeros(3, 4)
     mask = torch.ones(3, 4, dtype=torch.bool)
@@ -877,6 +893,8 @@ def test_frozen_decoder_is_left_alone():
     (((2,), (4,), {"noise_matrix": "sparse"}), "noise_matrix must be one of"),
     (((2,), (4,), {"likelihood": "poisson"}), "likelihood must be one of"),
     (((2, 2), 4, {"decoder": torch.nn.Linear(2, 5)}), "decoder replaces T_0"),
+    (((2,), (4,), {"decoder": torch.nn.Linear(3, 5)}), r"decoder must map \[..., 2\] to \[..., 5\], but refuses"),
+    (((2,), (4,), {"decoder": torch.nn.Linear(2, 4)}), r"but makes \[2, 4\] of \[2, 2\]"),
     (((2,), (4,), {"noise_var": 0.1}), "noise_var belongs to"),
     (((2,), (4,), {"noise_var": -0.1, "likelihood": "gaussian"}), "noise_var must be positive"),
     (((2,), (4,), {"input_flip": 0.1, "likelihood": "gaussian"}), "input_flip must lie"),
@@ -885,6 +903,43 @@ def test_constructor_refuses(arguments, message):
     latent, hidden, *options = arguments
     with pytest.raises(ValueError, match=message):
         sb.DLGM(5, latent, hidden, **(options[0] if options else {}))
+
+
+@pytest.mark.parametrize("value", [0.5, 255.0, -1.0, 1e-7, 1 - 6e-8, float("nan"), float("inf"), -float("inf")])
+def test_a_single_pixel_outside_the_support_is_refused(value):
+    model, x = sb.DLGM(4, 2, 3), torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    x[1, 2] = value
+    with pytest.raises(ValueError, match="x must be 0 or 1 for a Bernoulli likelihood" if math.isfinite(value)
+                       else "x must be finite, got NaN or infinity: `impute` is for missing entries"):
+        model.bound(x)
+    with pytest.raises(ValueError, match="x must be 0 or 1 for a Bernoulli likelihood"):
+        model.log_joint(x, torch.zeros(1, 3, 2))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_by_the_gaussian_likelihood(value):
+    model, x = sb.DLGM(4, 2, 3, likelihood="gaussian"), torch.zeros(3, 4)
+    x[1, 2] = value
+    with pytest.raises(ValueError, match="must be finite"):
+        model.bound(x)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_not_finite_are_named(family):
+    """A run that diverged says which parameter of q is not a number; it does not hand NaN on."""
+    model = sb.DLGM(4, 2, 3, recognition=family)
+    with torch.no_grad():
+        model.recognition[0].network[-1].bias[-1] = float("nan")
+    with pytest.raises(ValueError, match=r"^(loc|log_var|log_d|u|U|scale_tril) must be"):
+        model.bound(torch.zeros(3, 4))
+
+
+def test_mean_over_the_batch_is_refused_by_fit():
+    """The sum-or-mean mistake cannot be made in silence: a loss is one number per example."""
+    model = sb.DLGM(4, 2, 3)
+    with pytest.raises(ValueError, match="loss must return one value per example"):
+        fit(model, torch.zeros(6, 4), num_steps=1, batch_size=3, lr=1e-3, device="cpu",
+            loss=lambda model, x, noise: -model.bound(x, noise=noise).mean())
 
 
 def test_model_refuses_bad_data():
