@@ -2,6 +2,8 @@
 
 import math
 
+import autograd
+import autograd.numpy as anp
 import numpy as np
 import pytest
 import torch
@@ -38,6 +40,7 @@ from dlgm_tutorial.gp_random_inference import (
     refine,
     weight_kl,
 )
+from dlgm_tutorial.scratch import gp_random_inference as scratch
 from dlgm_tutorial.stochastic_backprop import DLGM
 from dlgm_tutorial.training import fit
 
@@ -939,6 +942,159 @@ def test_reflections_turn_the_normal_and_keep_volumes():
         check_close(q.log_prob(z)[:, b], oracles.gaussian_log_density(z[:, b].numpy(), mean, cov[b].numpy()), 1e-10)
         check_close(q.kl_to_standard()[b], oracles.gaussian_kl(mean, cov[b].numpy(), np.zeros(M), np.eye(M)), 1e-10)
     check_close(q.mean, torch.einsum("bij,bj->bi", turn, loc), 1e-12)
+
+
+# --- The chapter's NumPy: same parameters, same noise, values and gradients to 1e-9
+
+@on_each_device
+def test_regressions_agree_with_numpy(device):
+    psi, y, noise, new = normal(9, M), normal(9, seed=1), normal(9, seed=2).exp(), normal(B, M, seed=3)
+    arrays = [v.numpy() for v in (psi, y, noise, new)]
+    on = [v.to(device) for v in (psi, y, noise, new)]
+    kernel = rbf_kernel(1.3, 0.8)
+    want = scratch.gp_function_space(*arrays, lambda a, b: scratch.rbf(a, b, 1.3, 0.8))
+    got = gp_function_space(*on, kernel=kernel)
+    for a, b in zip((got.mean, got.var, got.log_evidence), want, strict=True):
+        check_close(a, b, 1e-11)
+    mean, cov, evidence = scratch.gp_weight_space(*arrays[:3], prior_var=0.7)
+    weights = gp_weight_space(*on[:3], prior_var=0.7)
+    for a, b in zip(weights, (mean, cov, evidence), strict=True):
+        check_close(a, b, 1e-11)
+    leaf = on[0].clone().requires_grad_()
+    gp_weight_space(leaf, *on[1:3], prior_var=0.7).log_evidence.backward()
+    value = lambda f: scratch.gp_weight_space(f, *arrays[1:3], prior_var=0.7)[2]
+    check_close(leaf.grad, oracles.finite_difference(value, arrays[0]), 1e-7)
+
+
+@on_each_device
+def test_random_encoder_and_its_objective_agree_with_numpy(device):
+    """Functions, divergences, averaged density and the gradient of the whole objective in all weights."""
+    model = quadratic_vae(covariance="full", initial_log_var=-1.0)
+    model.encoder.feature_module = nn.Sequential(nn.Linear(2, M), nn.Tanh()).double()
+    for name in ("weights_w", "weights_u"):
+        weights = getattr(model.encoder, name)
+        weights.mean = nn.Parameter(0.3 * normal(1, M, seed=1))
+        weights.raw = nn.Parameter((0.3 * normal(1, M, M, seed=2)).tril() - torch.eye(M))
+    model = model.to(device)
+    x = POINTS.to(device)
+    w, u = model.encoder.weights_w, model.encoder.weights_u
+    law, psi = model.encoder(x), model.encoder.features(x)
+    base = model.encoder.base_and_features(x)[0]
+    numpy = lambda v: v.detach().cpu().numpy()
+    factors = [numpy(v) for v in (w.mean, w.scale_tril(), u.mean, u.scale_tril())]
+
+    def objective(mean_w, tril_w, mean_u, tril_u):
+        found = scratch.random_functions(numpy(base[:, :1]), numpy(base[:, 1:]), numpy(psi), mean_w, tril_w, mean_u, tril_u)
+        bound = scratch.bowl_average_bound(*(v[:, 0] for v in found), POINTS.numpy())
+        return anp.sum(bound) - scratch.weight_kl(mean_w, tril_w) - scratch.weight_kl(mean_u, tril_u)
+    want = scratch.random_functions(numpy(base[:, :1]), numpy(base[:, 1:]), numpy(psi), *factors)
+    for a, b in zip(law, want, strict=True):
+        check_close(a, b, 1e-12)
+    check_close(average_kl(law), scratch.average_kl(*want), 1e-12)
+    z = normal(S, 4, 1, seed=5)
+    check_close(averaged_log_posterior(z.to(device), *law), scratch.averaged_log_posterior(z.numpy(), *want), 1e-11)
+    check_close(model.uncertainty(x), scratch.uncertainty(*want), 1e-12)
+    tril = [w.scale_tril().detach().requires_grad_(), u.scale_tril().detach().requires_grad_()]
+    means = [w.mean.detach().requires_grad_(), u.mean.detach().requires_grad_()]
+    spread = lambda factor: torch.einsum("bm,kmn->bkn", psi.detach(), factor).square().sum(-1)
+    again = RandomFunctions(base[:, :1].detach() + psi.detach() @ means[0].mT, base[:, 1:].detach() + psi.detach() @ means[1].mT,
+                            spread(tril[0]), spread(tril[1]))
+    value = (quadratic_average(x, again).sum() - weight_kl(means[0], 1.0, scale_tril=tril[0])
+             - weight_kl(means[1], 1.0, scale_tril=tril[1]))
+    check_close(value, objective(*factors), 1e-11)
+    value.backward()
+    for number, leaf in enumerate((means[0], tril[0], means[1], tril[1])):
+        slope = autograd.grad(objective, number)(*factors)
+        check_close(leaf.grad, slope, 1e-9)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@on_each_device
+def test_steps_and_their_adjoint_agree_with_numpy(device, momentum):
+    """The hand-written adjoint of the pages against double backward: gradients in the start and in the decoder."""
+    torch.manual_seed(0)
+    model = SemiAmortizedVAE(D, K, (M,), num_steps=3, step_size=0.05, momentum=momentum, activation="tanh",
+                             likelihood="gaussian", noise_var=0.3).double().to(device)
+    x = normal(B, D, seed=1)
+    noise = {"z": normal(1, B, K, seed=2), "steps": normal(3, 1, B, K, seed=3)}
+    on = {name: v.to(device) for name, v in noise.items()}
+    theta = [(layer.weight.detach().cpu().numpy(), layer.bias.detach().cpu().numpy()) for layer in model.decoder
+             if isinstance(layer, nn.Linear)]
+    start = np.stack([v.detach().cpu().numpy() for v in model.encode(x.to(device))])
+    slope = lambda lam, step: autograd.grad(scratch.drawn_elbo)(lam, theta, x.numpy(), noise["steps"][step, 0].numpy())
+    path = scratch.refine_with_momentum(slope, start, 0.05, 3, momentum)
+    last = (path[-1], theta, x.numpy(), noise["z"][0].numpy())
+    in_lam, in_theta = scratch.elbo_products(scratch.drawn_elbo)
+
+    def products(lam, a, step):
+        rest = (lam, theta, a, x.numpy(), noise["steps"][step, 0].numpy())
+        flat = np.concatenate([v.ravel() for pair in in_theta(*rest) for v in pair])
+        return in_lam(*rest), flat
+    first, theta_bar = scratch.momentum_adjoint(path, autograd.grad(scratch.drawn_elbo)(*last), products, 0.05, momentum)
+    if not momentum:
+        plain = scratch.semi_amortized_adjoint(path, autograd.grad(scratch.drawn_elbo)(*last), products, 0.05)
+        check_close(plain[0], first, 1e-12)
+        check_close(np.stack(path), np.stack(scratch.refine(slope, start, 0.05, 3)), 1e-14)
+    partial = np.concatenate([v.ravel() for pair in autograd.grad(scratch.drawn_elbo, 1)(*last) for v in pair])
+    value = model.bound(x.to(device), noise=on)
+    check_close(value.sum(), scratch.drawn_elbo(*last), 1e-11)
+    decoder = list(model.decoder.parameters())
+    got = torch.autograd.grad(value.sum(), [*decoder, model.encoder[-1][-1].bias])
+    check_close(torch.cat([g.ravel() for g in got[:-1]]), partial + theta_bar, 1e-9)
+    check_close(got[-1], np.concatenate([first[0].sum(0), first[1].sum(0)]), 1e-9)  # the bias shifts every start alike
+
+
+@on_each_device
+def test_laplace_step_agrees_with_numpy(device):
+    torch.manual_seed(0)
+    model = VariationalLaplaceVAE(D, K, (M,), num_steps=1, rate=1.0, decay=False, activation="tanh",
+                                  likelihood="gaussian", noise_var=0.3).double().to(device)
+    x = normal(B, D, seed=1)
+    (w1, b1), (w2, b2) = [(layer.weight.detach().cpu().numpy(), layer.bias.detach().cpu().numpy())
+                          for layer in model.decoder if isinstance(layer, nn.Linear)]
+    decode = lambda z: np.tanh(w1 @ z + b1) @ w2.T + b2
+    jacobian = lambda z: w2 @ ((1 - np.tanh(w1 @ z + b1) ** 2)[:, None] * w1)
+    q = model.posterior(x.to(device))
+    start = model.encoder(x.to(device)).detach().cpu().numpy()
+    for n in range(B):
+        mean, _ = scratch.laplace_step(start[n], x[n].numpy(), decode, jacobian, 0.3)
+        check_close(q.mean[n], mean, 1e-11)
+        precision = scratch.laplace_step(mean, x[n].numpy(), decode, jacobian, 0.3)[1]
+        check_close(torch.linalg.inv(q.covariance_matrix[n]), precision, 1e-9)
+
+
+def test_ten_updates_agree_with_a_numpy_program():
+    """The linear decoder, its closed objective, ten steps of Adam by hand: the same parameters at the end."""
+    encoder = RandomEncoder(3, 2, base=nn.Linear(3, 4), features=nn.Sequential(nn.Linear(3, M), nn.Tanh())).double()
+    numpy = lambda v: v.detach().numpy()
+    with torch.no_grad():
+        base, psi = (numpy(v) for v in encoder.base_and_features(X3))
+    names = ["weights_w.mean", "weights_w.log_var", "weights_u.mean", "weights_u.log_var"]
+    parameters = [encoder.get_parameter(name) for name in names]
+    state = [numpy(p).copy() for p in parameters]
+    weight, bias = WEIGHT.numpy(), BIAS.numpy()
+
+    def loss(mean_w, log_w, mean_u, log_u):
+        f, g = base[:, :2] + anp.dot(psi, mean_w.T), base[:, 2:] + anp.dot(psi, mean_u.T)
+        var_f, var_g = anp.dot(psi**2, anp.exp(log_w).T), anp.dot(psi**2, anp.exp(log_u).T)
+        rest = anp.sum((X3.numpy() - bias - anp.dot(f, weight.T)) ** 2, 1)
+        spread = anp.dot(var_f + anp.exp(g + var_g / 2), (weight**2).sum(0))
+        value = -0.5 * ((rest + spread) / NOISE_VAR + 3 * np.log(2 * np.pi * NOISE_VAR)) - scratch.average_kl(f, g, var_f, var_g)
+        kl = sum(0.5 * anp.sum(anp.exp(v) + m**2 - 1 - v) for m, v in ((mean_w, log_w), (mean_u, log_u)))
+        return -anp.sum(value) + kl
+    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    first, second = [0.0] * 4, [0.0] * 4
+    for step in range(1, 11):
+        optimizer.zero_grad()
+        (encoder.kl() - linear_average_bound(X3, encoder(X3), WEIGHT, BIAS, NOISE_VAR).sum()).backward()
+        optimizer.step()
+        slopes = [autograd.grad(loss, i)(*state) for i in range(4)]
+        first = [0.9 * m + 0.1 * g for m, g in zip(first, slopes, strict=True)]
+        second = [0.999 * v + 0.001 * g**2 for v, g in zip(second, slopes, strict=True)]
+        state = [p - 0.05 * m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+                 for p, m, v in zip(state, first, second, strict=True)]
+    for got, want in zip(parameters, state, strict=True):
+        check_close(got, want, 1e-9)
 
 
 # --- Bad input
