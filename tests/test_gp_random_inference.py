@@ -185,6 +185,46 @@ def test_end_to_end_optimum_of_the_reference_case():
     check_below([got[-1], -16.5591467133, float(average), -14.41515], [-16.5591467133, -14.41515, -14.41515, -13.225370800695])
 
 
+def test_optimum_of_a_constant_log_variance_matches_the_reference():
+    """RC7: ten data of precision 4, one constant feature, maximised over the mean and variance of u."""
+    mean, log_var = (torch.full((1, 1), v, dtype=torch.float64, requires_grad=True) for v in (0.0, -2.0))
+    optimizer = torch.optim.LBFGS([mean, log_var], max_iter=100, tolerance_grad=1e-12, tolerance_change=1e-15,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -10 * (0.5 * mean - 2 * torch.exp(mean + 0.5 * log_var.exp())).sum() + weight_kl(mean, 1.0, log_var=log_var)
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    check_close([mean.item(), log_var.exp().item(), -closure().item()],
+                [-1.23471126301599, 0.13822251692504, -13.7290800135313], 1e-7)
+
+
+def test_importance_bound_rises_and_a_wider_proposal_gains_weight_while_its_bound_falls():
+    """RC1: expected bounds with one and two draws at x_c, and the chi-square divergence of widened normals at x_a."""
+    class Best(nn.Module):
+        def forward(self, x):
+            return torch.cat([torch.ones_like(x[:, :1]), torch.full_like(x[:, :1], math.log(0.1))], -1)
+    model = AmortizedVAE(2, 1, (4,), decoder=Quadratic(), likelihood="gaussian", noise_var=0.25, encoder=Best())
+    nodes, weights = map(t, oracles.gauss_hermite_nodes([0.0, 0.0], np.eye(2), 80))
+    x = POINTS[2:3].expand(len(nodes), 2)
+    noise = nodes.mT[..., None]
+    check_close(weights @ model.importance_bound(x, num_samples=1, noise=noise[:1]), -2.60787525179, 1e-9)
+    check_close(weights @ model.importance_bound(x, num_samples=2, noise=noise), -2.602154495, 1e-6)
+    grid = torch.linspace(-6, 7, 26_001, dtype=torch.float64)[:, None, None]
+    log_joint = model.log_joint(POINTS[:1], grid)[:, 0]
+    divergence = {}
+    for factor, want, bound in ((1.0, 0.26467494, -2.3107495), (1.1, 0.12557716, -2.3134325), (1.4, 0.064248083, -2.3479234),
+                                (2.0, 0.14076111, -2.4979886), (3.0, 0.31000968, -2.8966943)):
+        q = DiagonalNormal(BEST[:1, :1], (factor * BEST[:1, 1:2]).log())
+        log_q = q.log_prob(grid)[:, 0]
+        divergence[factor] = torch.trapezoid(torch.exp(2 * (log_joint - EVIDENCE[0]) - log_q), dx=5e-4) - 1
+        check_close(divergence[factor], want, 1e-6)
+        check_close(torch.trapezoid(log_q.exp() * (log_joint - log_q), dx=5e-4), bound, 1e-6)
+    check_below(divergence[1.4], divergence[1.0])
+
+
 # --- The linear decoder, where everything is exact
 
 WEIGHT, BIAS, NOISE_VAR = t([[1, 0.5], [-0.3, 0.8], [0.6, -0.2]]), t([0.1, -0.2, 0.3]), 0.3
