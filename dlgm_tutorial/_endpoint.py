@@ -91,7 +91,8 @@ def law_of_endpoint(weight, bias, noise_var, x, step_size, num_steps, *, stochas
     """Compute the law of the end point of `short_run` for x = weight z + bias + noise, z ~ N(0, I) -> EndpointLaw.
 
     With Lambda = I + weight^T weight / noise_var and A = I - h Lambda, h = s^2 / 2, the chain is linear: mean
-    (I - A^T) mu and covariance A^2T + s^2 sum_j A^2j after T steps (eq-sr-linear-law, eq-sr-linear-kl), by the
+    (I - A^T) mu and covariance A^2T + s^2 sum_j A^2j after T steps (eq-sr-linear-law, eq-sr-linear-kl,
+    eq-sr-linear-bound; eq-sr-general-law for a size for each latent), by the
     eigenvalues of S Lambda S, S = diag(s).
     weight [D, K], bias [D], noise_var a number or [D], x [B, D]; step_size: s, a number or [K]; num_steps: T (0 is the
     prior); stochastic: False leaves the injected noise out; observed: bool [D], the entries of x that count.
@@ -279,7 +280,8 @@ def _semi_implicit_terms(log_density, z, s, noise):
 def semi_implicit_bounds(log_density, z0, step_size, num_steps, *, noise=None, generator=None):
     """Enclose the ELBO of the end point between two estimates, from S chains a datum -> SemiImplicitBounds.
 
-    The last step is normal given the point before it, so q_s is estimated by a mixture over the S chains: with the
+    eq-sr-sandwich: the last step is normal given the point before it, so q_s is estimated by a mixture over the S
+    chains: with the
     chain's own point in the pool the ELBO comes out too low on average, without it too high. Both tighten with S, the
     slower the more latents: for a handful of them. log_density, z0 [S, B, K], step_size, num_steps, noise,
     generator: as in `jacobian_bound`; the chain must be stochastic. Raises ValueError for fewer than two chains.
@@ -357,7 +359,8 @@ def tune_step_size(model, x, *, num_steps=20, objective="jacobian", method="grid
     `semi_implicit_bounds` on which the KL comes out too high), or "exact" (a linear decoder, or one latent on a grid).
     method: "grid" tries every number of grid
     (default 25 from 0.01 to 1, evenly in the logarithm) with the same draws; "gradient" follows the derivative in
-    log s from start, a number or [K], by Adam (num_iterations of rate lr), in forward mode through the chain, and
+    log s (eq-sr-step-gradient) from start, a number or [K], by Adam (num_iterations of rate lr), in forward mode
+    through the chain, and
     keeps the best. num_chains: S a datum; z0 [S, B, K] and noise [T, S, B, K], or generator: common draws for all
     sizes; stochastic: as in `short_run`.
     Raises ValueError for unknown names, and when every size blew up.

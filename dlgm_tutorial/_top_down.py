@@ -254,8 +254,10 @@ class MultiLayerGenerator(nn.Module):
     def log_joint(self, x, z, *, coordinates="noise", observed=None):
         """log p(x, z) in nats: [S, B] from x [B, D] and z [S, B, K], flat or a tuple of layers.
 
-        coordinates "noise": z holds the noises, log p = sum_l log N(e_l; 0, I) + log p(x | z), no scale anywhere;
-        "state": z holds the states, sum_l log N(z_l; loc_l, scale_l^2) + log p(x | z), lower by the log-scales that
+        coordinates "noise": z holds the noises, log p = sum_l log N(e_l; 0, I) + log p(x | z), no scale anywhere
+        (eq-sr-noise-joint);
+        "state": z holds the states, sum_l log N(z_l; loc_l, scale_l^2) + log p(x | z) (eq-sr-state-joint), lower by
+        the log-scales that
         turn one density into the other. observed: as in `log_likelihood_given`, of p(x_observed, z).
         """
         choice("coordinates", coordinates, ("noise", "state"))

@@ -241,7 +241,8 @@ class ShortRunModel(_AroundGenerator):
 
     generator: a `MultiLayerGenerator`, or decoder (a module [..., K] -> [..., D]) with noise_var, latent_dims and
     freeze_decoder as there. num_steps: T; step_size: s, a number, a tuple of one for each layer (layer 1 first), or
-    [K]; stochastic: False leaves the injected noise out. kernel: "langevin", "mala" (each step accepted or rejected)
+    [K]; stochastic: False leaves the injected noise out. kernel: "langevin", "mala" (each step accepted or rejected,
+    eq-sr-mala)
     or "hmc" (num_leapfrog steps of size s a proposal). start: "prior" (fresh noise, the paper's), "persistent"
     (each training example's chain goes on from where it ended when last visited; num_data of them, kept in the model's
     state; new data start at the prior), or "encoder" (a network's draw, trained by the ELBO beside; encoder:
@@ -376,7 +377,8 @@ class ShortRunModel(_AroundGenerator):
 def short_run_loss(model, batch, noise=None):
     """Minus log p(x, z_T), averaged over the chains' end points, which are held fixed: the loss [B] for `training.fit`.
 
-    Its gradient is the short-run estimate of that of -log p(x) (Fisher's identity, eq-sr-fisher, holds where z_T is
+    Its gradient is the short-run estimate of that of -log p(x) (Fisher's identity, eq-sr-fisher and
+    eq-sr-layered-fisher, holds where z_T is
     a posterior
     sample). batch: x [B, D], or (x, rows [B]) for persistent chains, whose stored points move; noise: as
     `model.noise_spec` says. An encoder's negative ELBO is added with value 0 and its own gradient. Source: paper,
@@ -456,7 +458,8 @@ class Inpainting(NamedTuple):
 def inpaint(model, x, observed, *, num_chains=8, noise=None, generator=None):
     """Fill in the hidden entries of x by short chains that see the observed ones alone -> Inpainting.
 
-    The residual is masked, the chain is the same: it targets p(z | x_observed). model: a `ShortRunModel` (an encoder's
+    The residual is masked (eq-sr-masked), the chain is the same: it targets p(z | x_observed). model: a
+    `ShortRunModel` (an encoder's
     start sees zeros where x is hidden); x [B, D], any value (NaN too) where hidden; observed: bool [B, D] or [D];
     num_chains: C; noise: as `noise_spec(B, C)` says. Raises ValueError for a mask of another type or shape, a row with
     nothing observed, or an observed entry that is not finite. Source: paper, section 4 (inpainting).

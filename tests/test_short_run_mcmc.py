@@ -1,6 +1,7 @@
 """Chapter 6's module against closed forms, grids, mpmath's numbers, NumPy replicas and the exact posteriors of chapter 5."""
 
 import autograd
+import autograd.misc
 import autograd.numpy as anp
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from dlgm_tutorial.checks import check_below, check_close, check_mc
 from dlgm_tutorial.evaluation import reconstruction_error
 from dlgm_tutorial.mcmc import init, langevin_step
 from dlgm_tutorial.networks import mlp
+from dlgm_tutorial.scratch import short_run_mcmc as scratch
+from dlgm_tutorial.scratch.stochastic_backprop import adam_step
 from dlgm_tutorial.short_run_mcmc import (
     BottomUpEncoder,
     ChainState,
@@ -31,7 +34,7 @@ from dlgm_tutorial.short_run_mcmc import (
     short_run_step,
     tune_step_size,
 )
-from dlgm_tutorial.training import fit, step_noise
+from dlgm_tutorial.training import epoch_order, fit, step_noise
 
 B, S, D, T = 3, 5, 7, 4
 double = {"dtype": torch.float64}
@@ -805,3 +808,79 @@ def test_non_finite_weights_and_exploding_training_are_one_clear_error():
     linear = model_a(step_size=3.0)
     with pytest.raises(FloatingPointError, match=r"step_size 3 blows up at step \d+ of 20"):
         fit(linear, draws(4, 3), loss=short_run_loss, num_steps=2, batch_size=2, lr=1e-3, device="cpu")
+
+
+# ---------------------------------------------------------------- the NumPy of the chapter, number by number
+def layered(generator):
+    """A tanh generator's weights as the chapter's functions take them, and its log-joint (x, flat noises) -> [...]."""
+    arrays = generator.as_arrays()
+    log_joint = lambda w, x, e: scratch.log_joint_noise(w[0], w[1], x, e, generator.latent_dims, generator.noise_var)
+    return (arrays["heads"], arrays["readout"]), log_joint
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_whole_trajectories_are_those_of_numpy(stochastic):
+    generator, x = small(), draws(B, D, seed=1)
+    weights, log_joint = layered(generator)
+    score = scratch.score_of(lambda e: log_joint(weights, x.numpy(), e))
+    model = ShortRunModel(generator, num_steps=20, step_size=(0.1, 0.15, 0.2), stochastic=stochastic)
+    noise = step_noise(model.noise_spec(B, S), 0)
+    noise = noise if stochastic else {"start": noise}
+    z = noise["start"]
+    for k in (1, 2, 5, 10, 20):
+        injected = noise["chain"].numpy() if stochastic else None
+        want = scratch.short_run(score, z.numpy(), model.step_size.numpy(), k, noise=injected, stochastic=stochastic)
+        short = ShortRunModel(generator, num_steps=k, step_size=(0.1, 0.15, 0.2), stochastic=stochastic)
+        part = {"start": z, **({"chain": noise["chain"][:k]} if stochastic else {})}
+        check_close(short.infer(x, num_samples=S, noise=part), want, 1e-9)
+
+
+def test_ten_learning_steps_end_at_the_same_parameters_as_numpy():
+    generator, x = small(), draws(6, D, seed=1)
+    weights, log_joint = layered(generator)
+    model = ShortRunModel(generator, num_steps=20, step_size=0.1)
+    spec, memory = model.noise_spec(B), None
+    fit(model, x, loss=short_run_loss, num_steps=10, batch_size=B, lr=0.01, seed=3, device="cpu")
+    flat, rebuild = autograd.misc.flatten(weights)
+    for step in range(10):
+        noise = step_noise(spec, step, seed=3)
+        rows = epoch_order(6, step // 2, seed=3)[step % 2 * B:][:B]
+        batch, now = x[rows].numpy(), rebuild(flat)
+        score = scratch.score_of(lambda e, batch=batch, now=now: log_joint(now, batch, e))
+        z = scratch.short_run(score, noise["start"].numpy(), 0.1, 20, noise=noise["chain"].numpy())
+        slope = autograd.grad(lambda w, batch=batch, z=z: -anp.mean(log_joint(rebuild(w), batch, z)))(flat)
+        flat, memory = adam_step(flat, slope, memory, 0.01)
+    check_close(autograd.misc.flatten(layered(generator)[0])[0], flat, 1e-9)
+
+
+def test_corrected_chains_and_both_bounds_are_those_of_numpy():
+    generator, x = small(), draws(1, D, seed=1)
+    weights, log_joint = layered(generator)
+    log_p = lambda e: log_joint(weights, x.numpy(), e)
+    score = scratch.score_of(log_p)
+    model = ShortRunModel(generator, num_steps=T, step_size=0.2, kernel="mala")
+    noise = step_noise(model.noise_spec(1, S), 0)
+    z = noise["start"].numpy()
+    for k in range(T):
+        z, _ = scratch.mala_step(log_p, score, z, 0.2, noise["chain"][k].numpy(), noise["accept"][k].numpy())
+    check_close(model.infer(x, num_samples=S, noise=noise), z, 1e-9)
+    at = lambda e: generator.log_joint(x, e)
+    got = jacobian_bound(at, noise["start"], 0.1, T, noise=noise["chain"])
+    terms, folds = scratch.jacobian_kl(score, log_p, noise["start"].numpy(), 0.1, T, noise=noise["chain"].numpy())
+    check_close(-got.value, terms.mean(0), 1e-9)
+    assert bool(got.folds[0]) == folds
+    both = semi_implicit_bounds(at, noise["start"], 0.3, T, noise=noise["chain"])
+    low, high = scratch.semi_implicit_bounds(score, log_p, noise["start"][:, 0].numpy(), 0.3, T,
+                                             noise["chain"][:, :, 0].numpy())
+    check_close(-both.upper, low.mean()[None], 1e-9)
+    check_close(-both.lower, high.mean()[None], 1e-9)
+
+
+def test_the_law_with_a_size_for_each_latent_is_that_of_numpy():
+    sizes = np.array([0.1, 0.2])
+    precision = np.eye(2) + np.transpose(WEIGHT) @ WEIGHT / NOISE_VAR
+    mean, _ = oracles.linear_gaussian_posterior(X, WEIGHT, BIAS, NOISE_VAR)
+    want_mean, want_cov = scratch.general_law(mean[0], precision, np.eye(2), sizes, 7)
+    law = law_a(t(sizes), 7)
+    check_close(law.mean[0], want_mean, 1e-12)
+    check_close(law.covariance, want_cov, 1e-12)
