@@ -264,7 +264,7 @@ def digits(run):
         torch.manual_seed(run.seed)
         model = make(64, 5, (100, 100), num_data=len(data))
         figures[title] = train(run, method, method, model, data, valid, batch_size=100, lr=2e-3)
-        judged, arrays = judge(model, test, rows, rows, seed=run.seed, train_x=data)
+        judged, arrays = judge(model, test, rows, rows[::2], seed=run.seed, train_x=data, num_steps=100)
         figures[title] |= judged
         values[method], gaps[method] = arrays["log_likelihood"], arrays["total_gap"]
         if method == "random":
@@ -292,7 +292,8 @@ def digits_swap(run):
         title, make, _ = METHODS[method]
         model = make(64, 5, (100, 100), num_data=len(data), decoder=first.decoder, freeze_decoder=True)
         figures[title] = train(run, method, method, model, data, valid, batch_size=100, lr=2e-3)
-        figures[title] |= judge(model, test, rows, rows, seed=run.seed, train_x=data, sizes=(1, 10, 100, 2000))[0]
+        figures[title] |= judge(model, test, rows, rows[::2], seed=run.seed, train_x=data, num_steps=100,
+                                sizes=(1, 10, 100, 2000))[0]
     return figures
 
 
@@ -370,14 +371,13 @@ def difficulty(run):
     member = cast.digits2()
     figures, arrays = {}, {}
     images = run.load("digits", "test")
-    scale = 16.0 if images.x.max() > 1.5 else 1.0
-    real = torch.from_numpy(np.asarray(images.x, float)) / scale
+    real = torch.as_tensor(images.x).double()[:200]
     for num in (200, 2000):
         torch.manual_seed(run.seed)
         model = RandomInferenceVAE(64, 2, (64, 64), num_data=num, decoder=member.decoder, noise_var=member.noise_var,
                                    likelihood="gaussian", freeze_decoder=True).double()
         data = model.sample(num, generator=torch.Generator().manual_seed(run.seed))
-        fresh = model.sample(400, generator=torch.Generator().manual_seed(100 + run.seed))
+        fresh = model.sample(200, generator=torch.Generator().manual_seed(100 + run.seed))
         settings = run.fit_options(f"n{num}")
         rate = stepped_rate(settings["num_steps"], 2e-3)
         fit(model, data, batch_size=100, lr=rate, parameter_groups=model.parameter_groups(rate), num_samples=4,
