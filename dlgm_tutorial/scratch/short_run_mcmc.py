@@ -5,36 +5,36 @@ import autograd.numpy as np
 from autograd import grad
 
 
-# --- book/06_short_run_mcmc/01_twenty_steps.ipynb, cell a589217b
+# --- book/06_short_run_mcmc/01_twenty_steps.ipynb, cell 6d963d2f
 def valley(z):
     """The example's decoder, log cosh 2z, elementwise: z [..., 1] -> [..., 1]."""
     return np.logaddexp(2 * z, -2 * z) - np.log(2)
 
 
 def log_joint(z, x, decoder, noise_var):
-    """log p(x, z) in nats, [...]: z [..., K], x broadcasts against decoder(z) [..., D]."""
+    """log p(x, z) in nats, [...]: z [..., K], x broadcasts with decoder(z) [..., D]."""
     D, K = np.shape(x)[-1], z.shape[-1]
     squares = np.sum((x - decoder(z)) ** 2, -1)
     return (-0.5 * np.sum(z ** 2, -1) - 0.5 * K * np.log(2 * np.pi)
             - 0.5 * squares / noise_var - 0.5 * D * np.log(2 * np.pi * noise_var))
 
 
-# --- book/06_short_run_mcmc/01_twenty_steps.ipynb, cell 7a1e714f
+# --- book/06_short_run_mcmc/01_twenty_steps.ipynb, cell 75620c7b
 def score_of(log_density):
     """The score of every row at once: log_density maps [..., K] to [...]."""
     return grad(lambda z: np.sum(log_density(z)))
 
 
 def score_by_hand(z, x, weight, bias, noise_var):
-    """The score for a linear decoder W z + b, eq-sr-score: z [..., K], W [D, K] -> [..., K]."""
+    """The score for a linear decoder W z + b, eq-sr-score: z [..., K], W [D, K]."""
     return -z + np.dot(x - np.dot(z, weight.T) - bias, weight) / noise_var
 
 
-# --- book/06_short_run_mcmc/01_twenty_steps.ipynb, cell d4896ec1
+# --- book/06_short_run_mcmc/01_twenty_steps.ipynb, cell c6c3ed71
 def short_run(score, z0, step_size, num_steps, *, noise=None, stochastic=True):
-    """z_T after num_steps Langevin steps from z0 [..., K], eq-sr-langevin; noise [T, ..., K].
+    """z_T after num_steps Langevin steps from z0 [..., K], eq-sr-langevin.
 
-    step_size: s, a number or [K]; stochastic=False leaves the noise out.
+    step_size: s, a number or [K]; noise [T, ..., K]; stochastic=False leaves it out.
     """
     if stochastic and (noise is None or len(noise) < num_steps):
         raise ValueError("a stochastic chain needs noise [num_steps, ..., K]")
@@ -275,9 +275,9 @@ def general_law(mu, precision, start_cov, step_size, num_steps):
     return mu - np.dot(M, mu), np.dot(M, np.dot(start_cov, M.T)) + s[:, None] * spread * s
 
 
-# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell cae22b27
+# --- book/06_short_run_mcmc/05_several_layers.ipynb, cell 2f44f8cd
 def variance_by_layer(mean, xi, fresh, dims):
-    """Terms [S, L] whose means are the V_l, eq-sr-resample: xi, fresh [S, K] independent draws."""
+    """Terms [S, L] whose means are the V_l, eq-sr-resample; xi, fresh [S, K] drawn apart."""
     ends, out = np.cumsum(np.array((0,) + tuple(dims))), []
     for a, b in zip(ends[:-1], ends[1:]):
         other = np.concatenate([xi[:, :a], fresh[:, a:b], xi[:, b:]], -1)
