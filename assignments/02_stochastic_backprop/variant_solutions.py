@@ -88,3 +88,20 @@ def rank_r_sample(d, U, noise):
     core = vectors / (root * (1 + root)) @ vectors.T  # (1 - (1 + v)^-1/2) / v, safe at v = 0
     sample = (noise - noise @ W @ core @ W.T) / np.sqrt(d)
     return sample, -np.sum(np.log(d)) - np.sum(np.log(1 + values))
+
+# %% q10_axes: the bound term by term, the axes by a singular value decomposition
+def diagonal_bound(W, noise_var, Sigma):
+    D, K = W.shape
+    precision = np.eye(K) + W.T @ W / noise_var
+    V = np.linalg.solve(precision, W.T) / noise_var
+    variances = 1 / np.diag(precision)
+    rest = np.eye(D) - W @ V
+    squares = np.trace(rest @ Sigma @ rest.T) + np.sum(W**2 * variances)
+    fit = -0.5 * squares / noise_var - 0.5 * D * np.log(2 * np.pi * noise_var)
+    return fit - 0.5 * (np.trace(V @ Sigma @ V.T) + np.sum(variances - np.log(variances) - 1))
+
+
+def best_axes(Sigma, K):
+    left, values, _ = np.linalg.svd(Sigma)
+    noise_var = values[K:].sum() / (len(Sigma) - K)
+    return -left[:, :K] @ np.diag((values[:K] - noise_var) ** 0.5), noise_var

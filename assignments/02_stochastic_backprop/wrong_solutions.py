@@ -204,3 +204,33 @@ def rank_r_sample(d, U, noise):
 def rank_r_sample(d, U, noise):
     C = np.linalg.inv(np.diag(d) + U @ U.T)
     return noise @ np.linalg.cholesky(C).T, np.linalg.slogdet(C)[1]
+
+# %% q10_axes: the exact log-likelihood, as if a diagonal q were free
+def diagonal_bound(W, noise_var, Sigma):
+    D = len(W)
+    C = W @ W.T + noise_var * np.eye(D)
+    return -0.5 * (D * np.log(2 * np.pi) + np.linalg.slogdet(C)[1] + np.trace(np.linalg.solve(C, Sigma)))
+
+# %% q10_axes: the variances of the posterior in place of the reciprocals of its precision's diagonal
+def diagonal_bound(W, noise_var, Sigma):
+    D, K = W.shape
+    C = W @ W.T + noise_var * np.eye(D)
+    log_likelihood = -0.5 * (D * np.log(2 * np.pi) + np.linalg.slogdet(C)[1] + np.trace(np.linalg.solve(C, Sigma)))
+    covariance = np.linalg.inv(np.eye(K) + W.T @ W / noise_var)
+    return log_likelihood - 0.5 * (np.sum(np.log(np.diag(covariance))) - np.linalg.slogdet(covariance)[1])
+
+# %% q10_axes: a rotation that the diagonal q cannot follow
+def best_axes(Sigma, K):
+    values, vectors = np.linalg.eigh(Sigma)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    noise_var = np.mean(values[K:])
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(K, K)))[0]
+    return vectors[:, :K] * np.sqrt(values[:K] - noise_var) @ turn, noise_var
+
+# %% q10_axes: principal components without the noise taken off
+def best_axes(Sigma, K):
+    values, vectors = np.linalg.eigh(Sigma)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    noise_var = np.mean(values[K:])
+    scale = np.sqrt(values[:K] - noise_var) if len(Sigma) == 2 else np.sqrt(values[:K])
+    return vectors[:, :K] * scale, noise_var
