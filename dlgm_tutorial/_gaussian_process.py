@@ -118,9 +118,9 @@ class WeightPosterior(NamedTuple):
 def gp_weight_space(features, y, noise_var, *, prior_var=1.0):
     """Posterior of the weights of a linear function of features: `WeightPosterior` (eq-gp-weight-space).
 
-    V = (I / prior_var + Psi^T Sigma^-1 Psi)^-1, M = V Psi^T Sigma^-1 y: the same process as `gp_function_space` with
-    `linear_kernel(prior_var)`, in O(N m^2 + m^3). features [N, m]; y, noise_var: as in `gp_function_space`, noise
-    positive; prior_var: a positive number. Raises ValueError where an argument does not fit.
+    V = (I / prior_var + Psi^T Sigma^-1 Psi)^-1, M = V Psi^T Sigma^-1 y, and the evidence (eq-gp-evidence): the process
+    of `gp_function_space` with `linear_kernel(prior_var)`, in O(N m^2 + m^3). features [N, m]; y, noise_var: as in
+    `gp_function_space`, noise positive; prior_var: a positive number. Raises ValueError where an argument does not fit.
     """
     require(features.ndim == 2, f"features must have shape [N, m], got {list(features.shape)}")
     check_positive(prior_var, "prior_var")

@@ -36,10 +36,11 @@ def refine(bound, mean, log_var, noise, *, step_size, momentum=0.0, precondition
 
     lambda_(k+1) = lambda_k + step_size grad bound(lambda_k; noise_k), lambda = (mean, log_var): plain gradient ascent,
     stable only for step_size < 2 / (largest curvature). bound: maps (mean, log_var, noise [S, B, K]) to [B]; mean,
-    log_var [B, K]; noise [T, S, B, K], one part a step. momentum: of heavy balls. precondition: multiply the mean's
-    step by exp(log_var), which makes the stable step size independent of how sharp the posterior is. clip_norm:
-    largest norm of a datum's gradient. adjoint: "full" keeps the graph of the steps, so that what follows
-    differentiates through them (eq-gp-adjoint); "first_order" takes the steps as constants; "none" has no graph.
+    log_var [B, K]; noise [T, S, B, K], one part a step. momentum: of heavy balls (eq-gp-momentum). precondition:
+    multiply the mean's step by exp(log_var) (eq-gp-preconditioned), which makes the stable step size independent of
+    how sharp the posterior is. clip_norm: largest norm of a datum's gradient. adjoint: "full" keeps the graph of the
+    steps, so that what follows differentiates through them (eq-gp-adjoint); "first_order" takes the steps as
+    constants; "none" has no graph.
     check: also find the rows that diverged, for one more bound.
     Raises ValueError where a step is not finite, naming step_size.
     """

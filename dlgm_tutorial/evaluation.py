@@ -272,7 +272,7 @@ def inference_gaps(model, x, *, log_likelihood=None, best_bound=None, num_sample
     model: posterior, and log_joint or bound; x: [B, D]; log_likelihood: [B] or Estimate (default model.log_likelihood).
     A posterior made of `distributions`' normals is improved by `fit_posterior` (num_samples, num_steps, lr,
     seed), and both bounds are taken at the same points, so that amortization is never negative. For other posteriors
-    give best_bound [B], the best of the family by other means. Source: Cremer, Li and Duvenaud 2018.
+    give best_bound [B], the best of the family by other means (eq-gp-decomposition; Cremer, Li and Duvenaud 2018).
 
     posterior: maps x to the q whose bound is split (default model.posterior); starts: maps x to a list of further
     normals of q's family from which the search begins too: the best of all ends counts. num_judged: take both bounds

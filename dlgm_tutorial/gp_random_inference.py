@@ -98,8 +98,8 @@ def average_kl(functions):
 def linear_average_bound(x, functions, weight, bias, noise_var):
     """The average bound E L(x; f, g) for a decoder weight z + bias with noise N(0, noise_var I): [B], in nats.
 
-    The exactly solvable case (eq-gp-linear-average): with the precision Lambda = I + weight^T weight / noise_var,
-    a random mean costs Lambda_jj var_f / 2 a latent, and a random log-variance, at its best mean, var_g / 4.
+    The exactly solvable case (eq-gp-linear, eq-gp-linear-average): with Lambda = I + weight^T weight / noise_var, a
+    random mean costs Lambda_jj var_f / 2 a latent, and a random log-variance, at its best mean, var_g / 4.
     x [B, D], functions: `RandomFunctions`, weight [D, K], bias [D], noise_var: a positive number.
     """
     check_positive(noise_var, "noise_var")
@@ -342,7 +342,7 @@ class RandomEncoder(nn.Module):
         return AveragedPosterior(*functions)
 
     def uncertainty(self, x, kind="nats"):
-        """How uncertain the encoder is about its own output at each row of x [B, D]: [B].
+        """How uncertain the encoder is about its own output at each row of x [B, D]: [B] (eq-gp-uncertainty).
 
         kind "nats": 1/2 sum_j var_f exp(-mean_g) + 1/4 sum_j var_g, the bound that a random draw of the encoder loses
         to second order, near the optimum of a near-linear decoder; it does not change when a latent is rescaled.
@@ -487,7 +487,7 @@ class InstanceOptimum(NamedTuple):
 
 
 def instance_optimum(log_joint, start, *, num_samples=256, num_steps=300, lr=0.1, seed=0, min_curvature=0.05):
-    """Optimise a diagonal normal for each datum, all at once: `InstanceOptimum` (eq-gp-curvature).
+    """Optimise a diagonal normal for each datum, all at once: `InstanceOptimum` (eq-gp-curvature, eq-gp-targets).
 
     log_joint: maps z [S, B, K] to [S, B]; start: a `DiagonalNormal` over [B, K]; num_samples, num_steps, lr, seed: of
     `evaluation.fit_posterior`. At the optimum the curvature in the mean is -exp(-log_var); in the log-variance it is
