@@ -63,25 +63,25 @@ def collect_statistics(decoder, x, noise_var, *, observed=None, chunk=None, slop
     return _collect(network.plain(), x64.detach(), noise.detach(), mask, chunk, max_regions)
 
 
+class _Sums:
+    """Sums over the data of seen^T (e0, e1, e2) and x^T (e0, e1), chunk by chunk: [R, d, ...]."""
+
+    def __init__(self, seen, data):
+        self.seen, self.data, self.totals = seen, data, [0.0] * 5
+
+    def __call__(self, rows, e0, e1, e2):
+        over = lambda weight, moment: torch.tensordot(weight[rows], moment, ([0], [0])).transpose(0, 1)
+        new = [over(self.seen, e) for e in (e0, e1, e2)] + [over(self.data, e) for e in (e0, e1)]
+        self.totals = [total + part for total, part in zip(self.totals, new, strict=True)]
+
+
 def _collect(network, x, noise, mask, chunk, max_regions):
-    answer = _solve(network, x, noise, mask, chunk, max_regions)
     seen = torch.ones_like(x[:, :1]) if mask is None else mask.double()
     data = x if mask is None else torch.where(mask, x, 0.0)
     xx = data.T @ data if noise.ndim == 2 else (data**2).sum(0)
-    over_data = lambda rows, moment: torch.tensordot(rows, moment, ([0], [0])).transpose(0, 1)
-    return Statistics(
-        network,
-        noise,
-        answer.codes,
-        over_data(seen, answer.e0),
-        over_data(seen, answer.e1),
-        over_data(seen, answer.e2),
-        over_data(data, answer.e0),
-        over_data(data, answer.e1),
-        xx,
-        seen.sum(0),
-        answer.log_px,
-    )
+    sums = lambda: _Sums(seen, data)
+    answer = _solve(network, x, noise, mask, chunk, max_regions, moments=False, collector=sums)
+    return Statistics(network, noise, answer.codes, *answer.collected.totals, xx, seen.sum(0), answer.log_px)
 
 
 def _input_moments(stats, layer):

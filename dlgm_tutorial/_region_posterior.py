@@ -407,6 +407,7 @@ class _Answer:
     cells: object
     point: torch.Tensor
     codes: torch.Tensor
+    collected: object = None
 
 
 def _patterns(observed):
@@ -422,8 +423,13 @@ def _restrict(network, noise, columns):
     return network._replace(layers=[*network.layers[:-1], (W[columns], v[columns])]), noise
 
 
-def _solve(network, x, noise, observed, chunk, max_regions, top=None, moments=True):
-    """E-step over all data in bounded memory, in as large a box as they need."""
+def _solve(network, x, noise, observed, chunk, max_regions, top=None, moments=True, collector=None):
+    """E-step over all data in bounded memory, in as large a box as they need.
+
+    moments: keep e0, e1, e2 of all data, [B, R, ...]. collector: a function without arguments that returns a function
+    (rows, e0, e1, e2), called for each chunk in turn, so that sums over the data need no array over all of them (a
+    larger box starts again, with a new one); the last one is given back as `collected`.
+    """
     network, x, noise = network.plain(), x.detach(), noise.detach()
     box = BOX if network.num_latents < 3 else BOX_GENERAL
     while True:
@@ -439,6 +445,7 @@ def _solve(network, x, noise, observed, chunk, max_regions, top=None, moments=Tr
         log_px, worst = x.new_zeros(len(x)), 0.0
         sizes = [(R,), (R, K), (R, K, K)] if moments else []
         found = [x.new_zeros(len(x), *size) for size in sizes]
+        collected = collector() if collector else None
         for part, part_noise, data, rows in jobs:
             problem = _reduce(part, data, part_noise)
             pieces = _pieces(part, problem, cells, codes)
@@ -450,9 +457,11 @@ def _solve(network, x, noise, observed, chunk, max_regions, top=None, moments=Tr
                 worst = min(worst, float(answer[0].min()))
                 for target, value in zip(found, answer[1:], strict=False):
                     target[here] = value
+                if collected:
+                    collected(here, *answer[1:])
         larger = _box_for(-worst) if K > 1 else 0.0
         if larger <= box:
-            return _Answer(log_px, *(found or [None] * 3), cells, point, codes)
+            return _Answer(log_px, *(found or [None] * 3), cells, point, codes, collected)
         if not math.isfinite(larger):
             raise ValueError(
                 "x or noise_var is out of reach: the log-likelihood of some row is below what float64 can hold"

@@ -816,6 +816,25 @@ def test_statistics_with_everything_observed_are_the_complete_ones():
             check_close(a, b, 1e-7)
 
 
+@pytest.mark.parametrize("layers", [R1, R3])
+def test_statistics_are_the_moments_summed_whatever_the_chunk(layers):
+    x = torch.cat([XM, torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)])
+    mask = torch.rand(9, 2, generator=torch.Generator().manual_seed(1)) > 0.3
+    log_px, e0, e1, e2 = e_step(layers, x, 0.2, slope=0.1)
+    for chunk in (None, 1, 4):
+        stats = collect_statistics(layers, x, 0.2, slope=0.1, chunk=chunk)
+        check_close(stats.e2[:, 0], e2.sum(0), 1e-12)
+        check_close(stats.xe1, torch.einsum("nd,nrk->rdk", x, e1), 1e-12)
+        check_close(stats.xe0, torch.einsum("nd,nr->rd", x, e0), 1e-12)
+        check_close(stats.log_px, log_px, 1e-12)
+        part = collect_statistics(layers, x, 0.2, observed=mask, slope=0.1, chunk=chunk)
+        moments = e_step(layers, x, 0.2, observed=mask, slope=0.1)
+        seen, kept = mask.double(), torch.where(mask, x, 0.0)
+        check_close(part.e1, torch.einsum("nd,nrk->rdk", seen, moments[2]), 1e-12)
+        check_close(part.xe1, torch.einsum("nd,nrk->rdk", kept, moments[2]), 1e-12)
+        check_close(part.count, seen.sum(0), 1e-12)
+
+
 @pytest.mark.parametrize("method", ["gem", "gradient"])
 def test_learning_with_missing_values_climbs(method):
     rng = np.random.default_rng(6)

@@ -136,6 +136,12 @@ def benchmarks():
             parts += [f"| {name} | {row['ratio']:.2f} | [{row['low']:.2f}, {row['high']:.2f}] | {row['seconds']:.3g} |"
                       for name, row in report.items()]
             parts.append("")
+        if record.get("growth"):
+            keys = list(record["growth"][0])
+            parts += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+            parts += ["| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |"
+                      for row in record["growth"]]
+            parts.append("")
         machine, versions = record["machine"], record["versions"]
         parts += [f"{len(next(iter(report.values()))['ratios'])} rounds on {machine['gpu'] or machine['processor']}, "
                   f"{machine['threads']} thread, load {machine['load'][0]:.1f} of {machine['cores']} cores; "

@@ -20,9 +20,10 @@ def small_decoder():
             (np.array([[1.0, -0.5, 0.7], [0.2, 0.9, -1.1]]), np.array([0.1, -0.2]))]
 
 
-# --- book/05_analytic_em/01_regions.ipynb, cell 08d9592e
+# --- book/05_analytic_em/01_regions.ipynb, cell be5f7765
 def affine_maps(layers, codes, slope):
-    """A [R, D, K] and b [R, D] for codes, a list of [R, H_l] booleans, one a hidden layer."""
+    """A [R, D, K] and b [R, D] for codes, a list of [R, H_l] booleans,
+    one a hidden layer."""
     W, v = layers[0]
     A = np.repeat(W[None], len(codes[0]), axis=0)
     b = np.repeat(v[None], len(codes[0]), axis=0)
@@ -33,11 +34,13 @@ def affine_maps(layers, codes, slope):
     return A, b
 
 
-# --- book/05_analytic_em/01_regions.ipynb, cell 2757ad65
+# --- book/05_analytic_em/01_regions.ipynb, cell 91a9d883
 def partition_1d(layers, slope):
-    """Knots [R + 1] from -inf to inf, and codes, a list of [R, H_l], of a decoder with one latent."""
+    """Knots [R + 1] from -inf to inf, and codes, a list of [R, H_l],
+    of a decoder with one latent."""
     knots = np.array([-np.inf, np.inf])
-    A, b, codes = np.ones((1, 1)), np.zeros((1, 1)), []      # h = A z + b on each interval
+    A, b = np.ones((1, 1)), np.zeros((1, 1))            # h = A z + b on each interval
+    codes = []
     for W, v in layers[:-1]:
         A, b = np.dot(A, W.T), np.dot(b, W.T) + v
         root = -b / np.where(A == 0, np.nan, A)
@@ -60,9 +63,10 @@ import autograd.numpy as np
 from scipy.special import erf, erfcx
 
 
-# --- book/05_analytic_em/02_one_region.ipynb, cell e591cbee
+# --- book/05_analytic_em/02_one_region.ipynb, cell 9aceabf6
 def piece(x, A, b, noise_var):
-    """One region without its ends, isotropic noise: mu [N, K], Sigma [K, K] and log kappa [N]."""
+    """One region without its ends, isotropic noise: mu [N, K], Sigma [K, K]
+    and log kappa [N]."""
     D, K = A.shape
     scale = np.sqrt(noise_var)
     r, A = (x - b) / scale, A / scale
@@ -73,7 +77,7 @@ def piece(x, A, b, noise_var):
     return mu, np.linalg.inv(precision), -0.5 * (log_det + fit)
 
 
-# --- book/05_analytic_em/02_one_region.ipynb, cell 0bbe4cc5
+# --- book/05_analytic_em/02_one_region.ipynb, cell 44f8b480
 def density(t):
     """Standard normal density."""
     return np.exp(-0.5 * t ** 2) / np.sqrt(2 * np.pi)
@@ -90,33 +94,38 @@ def around_zero(a, b):
 def beyond_zero(a, b):
     """The same for 0 <= a < b: scaled by erfcx."""
     a, b0 = np.maximum(a, 0.0), np.where(np.isinf(b), 0.0, b)
-    fall = np.where(np.isinf(b), 0.0, np.exp(np.minimum(0.5 * (a - b0) * (a + b0), 0.0)))
+    fall = np.where(np.isinf(b), 0.0,
+                    np.exp(np.minimum(0.5 * (a - b0) * (a + b0), 0.0)))
     E = np.maximum(erfcx(a / np.sqrt(2)) - fall * erfcx(b0 / np.sqrt(2)), 1e-300)
     rate = np.sqrt(2 / np.pi) / E
     return -0.5 * a ** 2 + np.log(E / 2), rate * (1 - fall), 1 + rate * (a - fall * b0)
 
 
-# --- book/05_analytic_em/02_one_region.ipynb, cell 162135cf
+# --- book/05_analytic_em/02_one_region.ipynb, cell e9611385
 def thin_slice(a, width):
     """The same for a finite a and a small width: three Gauss-Legendre nodes."""
     node = 0.5 + np.sqrt(0.15) * np.array([-1.0, 0.0, 1.0])
     t = width[..., None] * node
     w = np.array([5, 8, 5]) / 18 * np.exp(-t * (a[..., None] + 0.5 * t))
     total, point = np.sum(w, -1), a[..., None] + t
-    log_Z = -0.5 * a ** 2 + np.log(np.maximum(width, 1e-300) * total / np.sqrt(2 * np.pi))
+    mass = np.maximum(width, 1e-300) * total / np.sqrt(2 * np.pi)
+    log_Z = -0.5 * a ** 2 + np.log(mass)
     return log_Z, np.sum(w * point, -1) / total, np.sum(w * point ** 2, -1) / total
 
 
 def truncated(a, b):
-    """log mass, mean and mean square of the standard normal on [a, b]; ends may be infinite."""
+    """log mass, mean and mean square of the standard normal on [a, b];
+    ends may be infinite."""
     flip = a + b < 0
     a, b = np.where(flip, -b, a), np.where(flip, -a, b)
     finite = np.isfinite(a) & np.isfinite(b)
-    a0, width = np.where(finite, a, 0.0), np.where(finite, b, 1.0) - np.where(finite, a, 0.0)
+    a0 = np.where(finite, a, 0.0)
+    width = np.where(finite, b, 1.0) - a0
     thin = finite & (width * (1 + np.abs(a0)) < 1e-3)
     cases = zip(thin_slice(a0, np.where(thin, width, 0.0)), beyond_zero(a, b),
                 around_zero(a, b), strict=True)
-    log_Z, mean, square = (np.where(thin, x, np.where(a >= 0, y, z)) for x, y, z in cases)
+    log_Z, mean, square = (np.where(thin, x, np.where(a >= 0, y, z))
+                           for x, y, z in cases)
     return log_Z, np.where(flip, -mean, mean), square
 
 
@@ -126,9 +135,10 @@ from autograd.scipy.special import logsumexp
 from autograd.scipy.stats import norm
 
 
-# --- book/05_analytic_em/03_exact_posterior.ipynb, cell 37979ce1
+# --- book/05_analytic_em/03_exact_posterior.ipynb, cell c906ff28
 def e_step(layers, x, noise_var, slope):
-    """log p(x) [N] and the posterior moments on every region, e0, e1, e2 [N, R]; one latent."""
+    """log p(x) [N] and the posterior moments on every region, e0, e1, e2 [N, R];
+    one latent."""
     knots, codes = partition_1d(layers, slope)
     A, b = affine_maps(layers, codes, slope)
     parts = [piece(x, A[r], b[r], noise_var) for r in range(len(A))]
@@ -143,9 +153,10 @@ def e_step(layers, x, noise_var, slope):
     return log_px, e0, e1, e2
 
 
-# --- book/05_analytic_em/03_exact_posterior.ipynb, cell ed4a9c05
+# --- book/05_analytic_em/03_exact_posterior.ipynb, cell 02f19ad9
 def log_likelihood(layers, x, noise_var, slope, knots, codes):
-    """Mean log p(x), differentiable by autograd with knots and codes held fixed; one latent."""
+    """Mean log p(x), differentiable by autograd with knots and codes held fixed;
+    one latent."""
     A, b = affine_maps(layers, codes, slope)
     A = A[:, :, 0] / np.sqrt(noise_var)                                   # [R, D]
     r = (x[:, None] - b) / np.sqrt(noise_var)                             # [N, R, D]
@@ -157,9 +168,10 @@ def log_likelihood(layers, x, noise_var, slope, knots, codes):
     return np.mean(logsumexp(log_kappa + np.log(mass), axis=1))
 
 
-# --- book/05_analytic_em/04_em.ipynb, cell 9672060a
+# --- book/05_analytic_em/04_em.ipynb, cell cd1a0996
 def input_map(layers, codes, slope, layer):
-    """h = G z + c, the input of a layer on every region, one latent: G [R, p], c [R, p]."""
+    """h = G z + c, the input of a layer on every region, one latent:
+    G [R, p], c [R, p]."""
     if layer == 0:
         R = len(codes[0])
         return np.ones((R, 1)), np.zeros((R, 1))
@@ -169,20 +181,23 @@ def input_map(layers, codes, slope, layer):
 
 
 def output_maps(layers, codes, slope):
-    """F of every layer, a list of [R, D, H_l]: from its pre-activation to the output."""
+    """F of every layer, a list of [R, D, H_l]:
+    from its pre-activation to the output."""
     D, R = len(layers[-1][1]), len(codes[0])
     F = [np.repeat(np.eye(D)[None], R, axis=0)]
     for (W, _), code in zip(layers[:0:-1], codes[::-1], strict=True):
-        F.insert(0, np.einsum("rdo,oh->rdh", F[0], W) * np.where(code, 1.0, slope)[:, None])
+        F.insert(0, np.einsum("rdo,oh->rdh", F[0], W)
+                 * np.where(code, 1.0, slope)[:, None])
     return F
 
 
-# --- book/05_analytic_em/04_em.ipynb, cell 76c775e8
+# --- book/05_analytic_em/04_em.ipynb, cell 3a267fda
 def outer(a, b):
     """Outer products of rows: [R, p], [R, q] -> [R, p, q]."""
     return a[:, :, None] * b[:, None, :]
 
 
+# --- book/05_analytic_em/04_em.ipynb, cell c64c7189
 def direction(layers, x, noise_var, slope, layer):
     """[W v] of one layer that maximises the surrogate, isotropic noise, one latent."""
     codes = partition_1d(layers, slope)[1]
@@ -200,9 +215,10 @@ def direction(layers, x, noise_var, slope, layer):
     B = np.einsum("rds,rdk->sk", F[layer], with_x - outer(r, first))
     U = np.einsum("rds,rdt->rst", F[layer], F[layer])
     K = np.einsum("rst,rkl->sktl", U, H).reshape(B.size, B.size)
-    ridge = 1e-10 * np.mean(np.diag(K))                    # keeps weights that no datum speaks of
+    ridge = 1e-10 * np.mean(np.diag(K)) * np.eye(B.size)   # keeps weights without data
     old = np.concatenate([layers[layer][0], layers[layer][1][:, None]], 1)
-    return np.linalg.solve(K + ridge * np.eye(B.size), (B + ridge * old).ravel()).reshape(B.shape)
+    new = np.linalg.solve(K + ridge, B.ravel() + np.dot(ridge, old.ravel()))
+    return new.reshape(B.shape)
 
 
 # --- book/05_analytic_em/04_em.ipynb, cell ae4c10c1
@@ -217,14 +233,16 @@ def noise_update(layers, x, noise_var, slope):
     return np.sum(square) / x.size
 
 
-# --- book/05_analytic_em/04_em.ipynb, cell fdfd2ebc
+# --- book/05_analytic_em/04_em.ipynb, cell ac779d76
 def gem_iteration(layers, x, noise_var, slope):
-    """One round of generalised EM over all layers and the noise: never lowers the likelihood."""
+    """One round of generalised EM over all layers and the noise:
+    never lowers the likelihood."""
     value = lambda net, v: np.mean(e_step(net, x, v, slope)[0])
     layers = list(layers)
     for layer in reversed(range(len(layers))):
         old = np.concatenate([layers[layer][0], layers[layer][1][:, None]], 1)
-        new, now, step = direction(layers, x, noise_var, slope, layer), value(layers, noise_var), 1.0
+        new = direction(layers, x, noise_var, slope, layer)
+        now, step = value(layers, noise_var), 1.0
         while step > 1e-4:
             W = (1 - step) * old + step * new
             trial = layers[:layer] + [(W[:, :-1], W[:, -1])] + layers[layer + 1:]
@@ -292,9 +310,10 @@ def polygon_moments(u):
     return zero, first, 0.5 * (second + second.T)
 
 
-# --- book/05_analytic_em/05_two_latents.ipynb, cell 363d2591
+# --- book/05_analytic_em/05_two_latents.ipynb, cell af587dfd
 def e_step_2d(layers, x, noise_var, slope):
-    """log p(x), E[z | x] and E[z z^T | x] of one datum [D]; two latents, no tail formula."""
+    """log p(x), E[z | x] and E[z z^T | x] of one datum [D]; two latents,
+    no tail formula."""
     terms = []
     for polygon, A, b in partition_2d(layers, slope):
         precision = np.eye(2) + np.dot(A.T, A) / noise_var
@@ -306,8 +325,10 @@ def e_step_2d(layers, x, noise_var, slope):
         zero, first, second = polygon_moments(np.dot(polygon - mu, C))
         back = np.linalg.inv(C).T                       # z = mu + back u
         shift = np.dot(back, first)
-        terms.append((np.exp(log_kappa) * np.array([zero]), np.exp(log_kappa) * (mu * zero + shift),
+        terms.append((np.exp(log_kappa) * np.array([zero]),
+                      np.exp(log_kappa) * (mu * zero + shift),
                       np.exp(log_kappa) * (zero * np.outer(mu, mu) + np.outer(mu, shift)
-                                           + np.outer(shift, mu) + back @ second @ back.T)))
+                                           + np.outer(shift, mu)
+                                           + back @ second @ back.T)))
     mass, mean, square = (sum(term) for term in zip(*terms, strict=True))
     return np.log(mass[0]), mean / mass[0], square / mass[0]
