@@ -86,7 +86,8 @@ def refined(loc, log_var, x, noise_var, rate, num_steps):
         if step == num_steps:
             break
         mixed, corner = -1.5 * v * f / noise_var, 0.5 * v * curve - 0.75 * v**2 / noise_var
-        tangents = [(df + rate * (curve * df + mixed * dg), dg + rate * (mixed * df + corner * dg)) for df, dg in tangents]
+        tangents = [(df + rate * (curve * df + mixed * dg), dg + rate * (mixed * df + corner * dg))
+                    for df, dg in tangents]
         f, g = f + rate * slope[0], g + rate * slope[1]
     return f, g, *(slope[0] * df + slope[1] * dg for df, dg in tangents)
 
@@ -97,10 +98,10 @@ def mutual_information(mean_g, var_f, var_g):
     u = np.linspace(-12, 12, 2001)
     normal = np.exp(-0.5 * u**2) / np.sqrt(2 * np.pi) * (u[1] - u[0])
     answers = []
-    for mu, s_f, s_g in zip(mean_g, var_f, var_g):
+    for mu, s_f, s_g in zip(mean_g, var_f, var_g, strict=True):
         var = s_f + np.exp(mu + np.sqrt(s_g) * nodes)
         entropy = 0.0
-        for weight, own in zip(weights, var):
+        for weight, own in zip(weights, var, strict=True):
             if weight > 1e-14:
                 z = np.sqrt(own) * u
                 density = np.exp(-0.5 * z[:, None] ** 2 / var) / np.sqrt(2 * np.pi * var) @ weights
