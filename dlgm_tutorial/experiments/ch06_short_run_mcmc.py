@@ -128,18 +128,12 @@ def occlusion_figures(model, x, image_shape, seed, num_chains=8):
 
 
 # ---------------------------------------------------------------- training and judging
-def capped_step(data, step_size, seed, num=100):
-    """After each epoch: s = min(step_size, sqrt(2 / lambda)), where single steps stop folding the space; lambda is the
-    0.9 quantile of the largest curvature at the end points of num training images."""
-    def after_epoch(model, epoch):
-        x = data[:num]
-        z = model.infer(x, generator=draws(seed))
-        with torch.no_grad():
-            curvature = float(largest_curvature(lambda z: model.log_joint(x, z), z, num_iterations=15,
-                                                generator=draws(seed)).quantile(0.9))
-        model.set_step_size(min(step_size, (2 / curvature) ** 0.5))
-        return {"curvature": curvature, "step_size": float(model.step_size[0])}
-    return after_epoch
+@torch.no_grad()
+def curvature_at_ends(model, x, seed):
+    """The 0.9 quantile, over images x, of the largest curvature of the log posterior at the chains' end points."""
+    z = model.infer(x, generator=draws(seed))
+    return float(largest_curvature(lambda z: model.log_joint(x, z), z, num_iterations=15,
+                                   generator=draws(seed)).quantile(0.9))
 
 
 def stepped_rate(num_steps, lr):
@@ -147,16 +141,25 @@ def stepped_rate(num_steps, lr):
     return lambda step: lr * (1.0 if step < 0.6 * num_steps else 0.3 if step < 0.85 * num_steps else 0.1)
 
 
-def train(run, part, model, data, held_out, *, batch_size, lr=1e-3, step_size=None, num_steps=None, eval_every=1):
-    """Fit, following the squared error on held_out images along the way: figures with the curve against time."""
+def train(run, part, model, data, held_out, *, batch_size, lr=1e-3, cap=None, num_steps=None, eval_every=1,
+          num_curvature=0):
+    """Fit, following the squared error on held_out images along the way: figures with the curve against time.
+
+    cap: after each epoch the step size becomes min(cap, sqrt(2 / lambda)), where single steps stop folding space, by
+    `curvature_at_ends`; None leaves it as it is. num_curvature: images on which the curvature is followed.
+    """
     settings = run.fit_options(part)
     num_steps = settings["num_steps"] = num_steps or settings["num_steps"]
-    cap = None if step_size is None else capped_step(data, step_size, run.seed)
     per_epoch = len(data) // batch_size
 
     def after_epoch(model, epoch):
-        figures = cap(model, epoch) if cap else {}
-        if (epoch + 1) % eval_every == 0:
+        figures, now = {}, (epoch + 1) % eval_every == 0
+        if cap or now and num_curvature:
+            figures["curvature"] = curvature_at_ends(model, data[:num_curvature or 100], run.seed)
+        if cap:
+            model.set_step_size(min(cap, (2 / figures["curvature"]) ** 0.5))
+            figures["step_size"] = float(model.step_size[0])
+        if now:
             again = model.reconstruct(held_out, generator=draws(run.seed))
             figures["error"] = float((held_out - again).square().mean())
         return figures
@@ -175,9 +178,10 @@ def train(run, part, model, data, held_out, *, batch_size, lr=1e-3, step_size=No
                "seconds": history[-1]["seconds"], "processor_seconds": time.process_time() - started,
                "curve": {"updates": [r["step"] for r in marks], "seconds": [round(r["seconds"], 2) for r in marks],
                          "error": [round(r["error"], 6) for r in marks]}}
-    if cap:
-        figures["curve"]["step_size"] = [round(r["step_size"], 5) for r in marks]
-        figures["curve"]["curvature"] = [round(r["curvature"], 2) for r in marks]
+    for name in ("step_size", "curvature"):
+        if marks and name in marks[0]:
+            figures["curve"][name] = [round(r[name], 5) for r in marks]
+    if isinstance(model, ShortRunModel):
         figures["final_step_size"] = float(model.step_size[0])
     return figures
 
@@ -256,7 +260,7 @@ def grey_generator(num_layers, data_dim=784):
     return MultiLayerGenerator(data_dim, dims, hidden, noise_var=NOISE_VAR, output="sigmoid")
 
 
-def image_figures(run, name, make, models, *, num_train=None, batch_size=250, step_size=0.1, lr=2e-3, arrays=False,
+def image_figures(run, name, make, models, *, num_train=None, batch_size=250, cap=None, lr=2e-3, arrays=False,
                   eval_every=2, light=False):
     """Train models {name: (wrap a generator, share of the run's steps)} on one data set, and judge each."""
     train_set, test_set = run.load(name, "train"), run.load(name, "test")
@@ -274,7 +278,8 @@ def image_figures(run, name, make, models, *, num_train=None, batch_size=250, st
         part = "".join(c if c.isalnum() else "-" for c in title)
         chain = isinstance(model, ShortRunModel)
         figures[title] = train(run, part, model, data, test[:300], batch_size=batch_size, lr=lr, eval_every=eval_every,
-                               step_size=step_size if chain else None, num_steps=max(1, round(share * run.steps)))
+                               cap=cap if chain else None, num_steps=max(1, round(share * run.steps)),
+                               num_curvature=100 if chain and not light else 0)
         size, num = ((8, 50), 500) if light else ((20, 100), 1000)
         figures[title].update(judged(model, test[:num], judge, run.seed, num_ais=size[0], ais_steps=size[1]))
         figures[title]["layers"] = layer_roles(model, data[:num], labels[:num], test[:500], test_y[:500], judge,
@@ -307,14 +312,28 @@ OPPONENTS = {"VAE, equal updates": (vae(), 1.0), "short run from an encoder, 5 s
 @experiment("06", "mnist-one", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
             rows=rows_by_method)
 def mnist_one(run):
-    """One latent layer on all of MNIST, K = 20 Langevin steps, 20 epochs."""
-    return image_figures(run, "mnist", lambda: grey_generator(1), SHORT_RUN, arrays=True)
+    """One latent layer, all of MNIST, 20 steps, 20 epochs; the step size kept below where steps fold."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), SHORT_RUN, arrays=True, cap=0.1)
 
 
 @experiment("06", "mnist-three", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
             rows=rows_by_method)
 def mnist_three(run):
-    """Three latent layers on all of MNIST, K = 20 Langevin steps, 20 epochs."""
+    """Three latent layers, all of MNIST, 20 steps, 20 epochs; the step size kept below where steps fold."""
+    return image_figures(run, "mnist", lambda: grey_generator(3), SHORT_RUN, arrays=True, cap=0.1)
+
+
+@experiment("06", "mnist-one-fixed", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
+            rows=rows_by_method)
+def mnist_one_fixed(run):
+    """One latent layer, all of MNIST, 20 steps of a fixed size, 20 epochs."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), SHORT_RUN, arrays=True)
+
+
+@experiment("06", "mnist-three-fixed", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
+            rows=rows_by_method)
+def mnist_three_fixed(run):
+    """Three latent layers, all of MNIST, 20 steps of a fixed size, 20 epochs."""
     return image_figures(run, "mnist", lambda: grey_generator(3), SHORT_RUN, arrays=True)
 
 
@@ -380,7 +399,7 @@ def anomaly(run):
             torch.manual_seed(run.seed)
             model = wrap(grey_generator(1), len(data))
             fitted = train(run, f"{name.replace(' ', '-')}-{digit}", model, data, test[:100], batch_size=100,
-                           step_size=0.1 if name == "short run" else None, eval_every=5)
+                           eval_every=5)
             with torch.no_grad():
                 z = model.infer(test, num_samples=8, generator=draws(run.seed))
                 scores = {"log_joint": -model.log_joint(test, z).mean(0),
