@@ -263,7 +263,7 @@ def grey_generator(num_layers, data_dim=784):
 def image_figures(run, name, make, models, *, num_train=None, batch_size=250, cap=None, lr=2e-3, arrays=False,
                   eval_every=2, light=False):
     """Train models {name: (wrap a generator, share of the run's steps)} on one data set, and judge each."""
-    train_set, test_set = run.load(name, "train"), run.load(name, "test")
+    train_set, test_set = run.load(name, "train+valid"), run.load(name, "test")
     data, labels = train_set.x[:num_train], train_set.y[:num_train]
     rows = some_rows(test_set.y, min(1000, len(test_set.y)))
     test, test_y = test_set.x[rows], test_set.y[rows]
