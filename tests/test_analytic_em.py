@@ -860,6 +860,85 @@ def test_likelihood_never_falls(method, noise):
     check_close(exact_log_likelihood(result.decoder, x, result.noise_var).mean(), float(result.log_likelihoods[-1]), 1e-9)
 
 
+def test_the_settings_of_fit_em_do_what_they_say():
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fit = lambda start=R1, **settings: fit_em(start, x, noise_var=0.25, slope=0.1, **settings)
+    # damping: hidden layers move that share of the way, the last layer all of it.
+    stats = collect_statistics(R1, x, 0.25, slope=0.1)
+    W2, b2 = m_step_direction(1, stats)
+    after = collect_statistics([R1[0], (W2, b2)], x, 0.25, slope=0.1)
+    W1, b1 = m_step_direction(0, after)
+    moved = fit(method="em", damping=0.3, num_iterations=1).decoder
+    check_close(moved[1][0], W2, 1e-10)
+    check_close(moved[0][0], 0.7 * R1[0][0] + 0.3 * W1, 1e-10)
+    check_close(moved[0][1], 0.7 * R1[0][1] + 0.3 * b1, 1e-10)
+    # noise_from: the noise waits.
+    assert float(fit(num_iterations=2, noise_from=2).noise_var) == 0.25
+    assert float(fit(num_iterations=3, noise_from=2).noise_var) != 0.25
+    # noise_floor, in units of the data's variance, for every kind of noise and every method.
+    least = 0.9 * float(x.var(0, correction=0).mean())
+    for kind in ("isotropic", "diagonal", "full"):
+        for method in ("gem", "gradient"):
+            found = fit_em(R1, x, noise=kind, slope=0.1, num_iterations=3, noise_floor=0.9, method=method).noise_var
+            values = torch.linalg.eigvalsh(found) if kind == "full" else found
+            assert float(values.min()) >= least * (1 - 1e-9), (kind, method)
+    # tolerance: it stops early, and not before.
+    long = fit(num_iterations=12).log_likelihoods
+    short = fit(num_iterations=12, tolerance=float(long.diff()[3]) * 1.0001).log_likelihoods
+    assert 2 <= len(short) <= 5 and torch.equal(short, long[: len(short)])
+    # callback: once an iteration, with what was reached.
+    for method in ("gem", "gradient"):
+        calls = []
+        found = fit(num_iterations=3, method=method, callback=lambda *a, calls=calls: calls.append(a))
+        assert [call[0] for call in calls] == [1, 2, 3]
+        check_close([call[3] for call in calls], found.log_likelihoods[1:], 1e-12)
+        value = exact_log_likelihood(calls[-1][1], x, calls[-1][2], slope=0.1).mean()
+        check_close(value, found.log_likelihoods[-1], 1e-10)
+    # What was given stays as it was, and a module comes back as one.
+    net = nn.Sequential(nn.Linear(1, 3), nn.LeakyReLU(0.1), nn.Linear(3, 2)).double()
+    with torch.no_grad():
+        for layer, (W, b) in zip((net[0], net[2]), R1, strict=True):
+            layer.weight.copy_(W), layer.bias.copy_(b)
+    found = fit(net, num_iterations=1)
+    assert torch.equal(net[0].bias.detach(), R1[0][1]) and isinstance(found.decoder, nn.Sequential)
+    check_close(exact_log_likelihood(found.decoder, x, found.noise_var).mean().detach(), found.log_likelihoods[-1], 1e-12)
+    with pytest.raises(ValueError, match="max_regions is 2"):
+        fit(num_iterations=1, max_regions=2)
+
+
+def test_bounds_of_guesses_far_from_the_origin():
+    """A Gaussian beyond the box that stands for the plane: the box grows with it."""
+    loc, cov = T([[80.0, -60.0]]), 0.5 * torch.eye(2).double()[None]
+    x = T([[10.0, -20.0]])
+    elbo = exact_elbo(R3, x, 0.5, loc, cov, slope=0.1)
+    z = loc + (0.5**0.5) * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = z @ R3[0][0].T + R3[0][1]
+    g = torch.where(u > 0, u, 0.1 * u) @ R3[1][0].T + R3[1][1]
+    terms = -0.5 * ((x - g) ** 2).sum(1) / 0.5 - np.log(2 * np.pi * 0.5) - 0.5 * (z**2).sum(1) - np.log(2 * np.pi)
+    entropy = 0.5 * float(torch.logdet(2 * np.pi * np.e * cov[0]))
+    check_mc(terms, float(elbo) - entropy, what="energy of a guess at (80, -60)")
+
+
+@pytest.mark.parametrize(("sizes", "noise", "count"), [
+    ([1, 8, 2], "isotropic", 8 + 8 + 16 + 2 + 1 - 8), ([2, 3, 5], "diagonal", 6 + 3 + 15 + 5 + 5 - 3 - 1),
+    ([3, 4, 2], "full", 12 + 4 + 8 + 2 + 3 - 4 - 3)])
+def test_parameters_are_counted_without_their_gauges(sizes, noise, count):
+    assert num_parameters(random_network(0, sizes), noise) == count
+
+
+def test_the_model_passes_its_mask_on():
+    net = mlp([1, 4, 3], lambda: nn.LeakyReLU(0.1), dtype=torch.float64)
+    model = PiecewiseAffineGaussian(decoder=net, noise_var=T([0.3, 0.2, 0.4]))
+    x, known = torch.randn(5, 3).double(), torch.tensor([True, True, False])
+    want = exact_log_likelihood(net, x, T([0.3, 0.2, 0.4]), observed=known)
+    torch.testing.assert_close(model.log_likelihood(x, observed=known).value, want)
+    torch.testing.assert_close(model.bound(x, observed=known), want)
+    torch.testing.assert_close(model.posterior(x, observed=known).log_px, want.detach())
+    draws = model.sample(4000, generator=torch.Generator().manual_seed(0)).detach()
+    mean, cov = (part.detach() for part in marginal_moments(net, T([0.3, 0.2, 0.4])))
+    check_mc((draws - mean) ** 2, cov.diagonal(), what="variance of samples")
+
+
 @pytest.mark.slow
 def test_likelihood_never_falls_from_a_hundred_starts():
     angle = np.random.default_rng(0).uniform(0, 2 * np.pi, 100)
