@@ -68,9 +68,9 @@ def per_instance_optimum(elbo, x, loc, log_var, num_steps=60):
     return loc, log_var
 
 
-# --- book/04_gp_random_inference/01_two_gaps.ipynb, cell 3c47426f
+# --- book/04_gp_random_inference/01_two_gaps.ipynb, cell 6cbd489c
 def best_gaussian(x, loc, log_var):
-    """The best of the optima found from three starts, (loc, log_var) [2, B], for the bowl."""
+    """The best of the optima found from three starts: (loc, log_var), [2, B]."""
     zero = np.zeros(len(x))
     starts = [(loc, log_var), (zero, zero), (x[:, 0], zero - 1.0)]
     found = [per_instance_optimum(bowl_elbo, x, *start) for start in starts]
