@@ -290,7 +290,7 @@ def mnist_two_layers(run):
     """Two stochastic layers (200 and 50 latents) on fixed-binarised MNIST: the divergence of each layer."""
     data, valid = (tensor(run.load("binarized_mnist", split).x) for split in ("train", "valid"))
     test = run.load("binarized_mnist", "test")
-    return mnist_figures(run, data, valid, tensor(test.x), balanced(test.y, 50), ("diagonal", "rank1"),
+    return mnist_figures(run, data, valid, tensor(test.x), balanced(test.y, 20), ("diagonal",), num_samples=1000,
                          latent=(200, 50), hidden=((200, 200), (100,)))[0]
 
 
