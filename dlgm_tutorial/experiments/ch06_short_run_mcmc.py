@@ -41,14 +41,16 @@ def draws(seed):
     return torch.Generator().manual_seed(1000 + seed)
 
 
-def some_rows(labels, num, seed=0):
+def some_rows(x, num, seed=0):
     """A fixed random choice of num rows."""
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(labels))[:num]))
+    return torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(len(x))[:num]))
 
 
 # ---------------------------------------------------------------- the judge of samples
 def train_judge(x, y, seed, num_steps=800):
-    """A classifier D-256-64-C; its 64 hidden units are the features of the distance."""
+    """A classifier D-256-64-C; its 64 hidden units are the features of the distance. None where there are no labels."""
+    if y is None:
+        return None
     torch.manual_seed(seed)
     net = nn.Sequential(*mlp([x.shape[1], 256, 64]), nn.ReLU(), nn.Linear(64, int(y.max()) + 1))
     loss = lambda model, batch, noise: F.cross_entropy(model(batch[0]), batch[1], reduction="none")
@@ -69,6 +71,8 @@ def frechet(a, b):
 @torch.no_grad()
 def sample_quality(judge, images, test):
     """Distance of the images' features from the test images', and what the classifier says of them."""
+    if judge is None:
+        return {}
     probability = judge(images).softmax(-1)
     mean = probability.mean(0)
     return {"feature_distance": frechet(judge[:-1](images), judge[:-1](test)),
@@ -89,22 +93,24 @@ def layer_roles(model, train_x, train_y, test_x, test_y, judge, seed, *, num=400
     one, other = (generator.split(generator.sample_latents(num, generator=g)) for _ in range(2))
     x = generator.mean(one)
     variance = x.var(0).sum()
-    features = [generator.split(model.infer(rows, num_samples=num_samples, generator=g).mean(0))
-                for rows in (train_x, test_x)]
-    z = generator.split(model.infer(test_x, generator=g)[0])
-    before = judge(generator.mean(z)).argmax(-1)
+    if judge is not None:
+        features = [generator.split(model.infer(rows, num_samples=num_samples, generator=g).mean(0))
+                    for rows in (train_x, test_x)]
+        z = generator.split(model.infer(test_x, generator=g)[0])
+        before = judge(generator.mean(z)).argmax(-1)
     fresh = generator.split(generator.sample_latents(len(test_x), generator=g))
     roles = []
     for layer in range(model.num_layers):
         put = lambda base, new, layer=layer: tuple(n if i == layer else b for i, (b, n) in
                                                    enumerate(zip(base, new, strict=True)))
         only, rest = generator.mean(put(other, one)), generator.mean(put(one, other))
-        after = judge(generator.mean(put(z, fresh))).argmax(-1)
         roles.append({"latents": model.latent_dims[layer],
                       "alone": float(((x - x.mean(0)) * (only - only.mean(0))).mean(0).sum() / variance),
-                      "total": float(0.5 * (x - rest).square().mean(0).sum() / variance),
-                      "knn_error": knn_error(features[0][layer], train_y, features[1][layer], test_y),
-                      "label_changes": float((after != before).float().mean())})
+                      "total": float(0.5 * (x - rest).square().mean(0).sum() / variance)})
+        if judge is not None:
+            after = judge(generator.mean(put(z, fresh))).argmax(-1)
+            roles[-1].update(knn_error=knn_error(features[0][layer], train_y, features[1][layer], test_y),
+                             label_changes=float((after != before).float().mean()))
     return roles
 
 
@@ -264,26 +270,28 @@ def image_figures(run, name, make, models, *, num_train=None, batch_size=250, ca
                   eval_every=2, light=False):
     """Train models {name: (wrap a generator, share of the run's steps)} on one data set, and judge each."""
     train_set, test_set = run.load(name, "train+valid"), run.load(name, "test")
-    data, labels = train_set.x[:num_train], train_set.y[:num_train]
-    rows = some_rows(test_set.y, min(1000, len(test_set.y)))
-    test, test_y = test_set.x[rows], test_set.y[rows]
-    judge = train_judge(train_set.x[:20_000], train_set.y[:20_000], run.seed)
-    with torch.no_grad():
-        accuracy = float((judge(test).argmax(-1) == test_y).float().mean())
-    figures = {"judge": {"accuracy": accuracy, "training_images": sample_quality(judge, data[:1000], test)}}
+    part = lambda y, rows: None if y is None else y[rows]  # the small photographs have no labels
+    data, labels = train_set.x[:num_train], part(train_set.y, slice(num_train))
+    rows = some_rows(test_set.x, 1000)
+    test, test_y = test_set.x[rows], part(test_set.y, rows)
+    judge = train_judge(train_set.x[:20_000], part(train_set.y, slice(20_000)), run.seed)
+    figures = {"judge": {"training_images": sample_quality(judge, data[:1000], test)}}
+    if judge is not None:
+        with torch.no_grad():
+            figures["judge"]["accuracy"] = float((judge(test).argmax(-1) == test_y).float().mean())
     kept = None
     for title, (wrap, share) in models.items():
         torch.manual_seed(run.seed)
         model = wrap(make(), len(data))
-        part = "".join(c if c.isalnum() else "-" for c in title)
+        word = "".join(c if c.isalnum() else "-" for c in title)
         chain = isinstance(model, ShortRunModel)
-        figures[title] = train(run, part, model, data, test[:300], batch_size=batch_size, lr=lr, eval_every=eval_every,
+        figures[title] = train(run, word, model, data, test[:300], batch_size=batch_size, lr=lr, eval_every=eval_every,
                                cap=cap if chain else None, num_steps=max(1, round(share * run.steps)),
                                num_curvature=100 if chain and not light else 0)
         size, num = ((8, 50), 500) if light else ((20, 100), 1000)
         figures[title].update(judged(model, test[:num], judge, run.seed, num_ais=size[0], ais_steps=size[1]))
-        figures[title]["layers"] = layer_roles(model, data[:num], labels[:num], test[:500], test_y[:500], judge,
-                                               run.seed, num_samples=2 if light else 4)
+        figures[title]["layers"] = layer_roles(model, data[:num], part(labels, slice(num)), test[:500],
+                                               part(test_y, slice(500)), judge, run.seed, num_samples=2 if light else 4)
         if chain:
             figures[title]["occlusion"] = occlusion_figures(model, test[:100 if light else 200],
                                                             test_set.image_shape, run.seed)
@@ -389,7 +397,7 @@ def cifar(run):
 def anomaly(run):
     """One MNIST digit held out of 10,000 training images, scored by log p(x, z_T); short run and VAE."""
     train_set, test_set = run.load("mnist", "train"), run.load("mnist", "test")
-    rows = some_rows(test_set.y, 2000)
+    rows = some_rows(test_set.x, 2000)
     test, outside = test_set.x[rows], test_set.y[rows]
     figures = {}
     for digit in (1, 4, 9):
