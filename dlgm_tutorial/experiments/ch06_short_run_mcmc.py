@@ -345,6 +345,18 @@ def mnist_three_fixed(run):
     return image_figures(run, "mnist", lambda: grey_generator(3), SHORT_RUN, arrays=True)
 
 
+@experiment("06", "mnist-one-vae", paper=PAPER, table="against a VAE", hours=0.05, steps=4800, rows=rows_by_method)
+def mnist_one_vae(run):
+    """The plain VAE on the one-layer generator, at equal updates; its curve gives equal time."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), {"VAE, equal updates": (vae(), 1.0)})
+
+
+@experiment("06", "mnist-three-vae", paper=PAPER, table="against a VAE", hours=0.05, steps=4800, rows=rows_by_method)
+def mnist_three_vae(run):
+    """The VAE whose encoder climbs from layer to layer, on the three-layer generator, at equal updates; its curve gives equal time."""
+    return image_figures(run, "mnist", lambda: grey_generator(3), {"VAE, equal updates": (vae(), 1.0)})
+
+
 @experiment("06", "mnist-one-opponents", paper=PAPER, table="against a VAE", hours=0.4, steps=4800,
             rows=rows_by_method)
 def mnist_one_opponents(run):
