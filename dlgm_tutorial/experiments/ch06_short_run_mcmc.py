@@ -353,7 +353,7 @@ def mnist_one_vae(run):
 
 @experiment("06", "mnist-three-vae", paper=PAPER, table="against a VAE", hours=0.05, steps=4800, rows=rows_by_method)
 def mnist_three_vae(run):
-    """The VAE whose encoder climbs from layer to layer, on the three-layer generator, at equal updates; its curve gives equal time."""
+    """A VAE whose encoder climbs, on the three-layer generator, at equal updates; its curve gives equal time."""
     return image_figures(run, "mnist", lambda: grey_generator(3), {"VAE, equal updates": (vae(), 1.0)})
 
 
