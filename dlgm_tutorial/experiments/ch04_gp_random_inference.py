@@ -302,6 +302,44 @@ def digits_steps(run):
     return figures
 
 
+def rows_of_steps(runs):
+    """One row a way to step: the rise of the bound over the encoder's, and the share of images made worse."""
+    rows = []
+    for name, first in runs[0]["figures"].items():
+        values = [run["figures"][name]["rise"] for run in runs]
+        rows.append({**{key: first[key] for key in ("steps", "step_size", "draws")}, "seeds": len(runs),
+                     "rise": float(np.mean(values)),
+                     "rise_se": float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
+                     "worse": float(np.mean([run["figures"][name]["worse"] for run in runs]))})
+    return rows
+
+
+@experiment("04", "digits-refine", paper="Kim, Wiseman, Miller, Sontag and Rush 2018", table="draws a step", hours=0.02,
+            steps=2000, rows=rows_of_steps)
+def digits_refine(run):
+    """A plain VAE's encoder refined on the test digits: steps, step size and draws a step, judged on fresh noise."""
+    data, valid, test = digit_parts(run)
+    torch.manual_seed(run.seed)
+    plain = AmortizedVAE(64, 5, (100, 100))
+    train(run, "plain", "vae", plain, data, valid, batch_size=100, lr=2e-3)
+    fresh = torch.randn(256, len(test), 5, generator=generator(run.seed))
+    with torch.no_grad():
+        before, figures = plain.bound(test, noise=fresh), {}
+    for num_steps in (4, 20):
+        for size in (0.02, 0.1, 0.3):
+            for draws in (1, 16):
+                model = SemiAmortizedVAE(64, 5, (100, 100), num_steps=num_steps, step_size=size)
+                model.load_state_dict(plain.state_dict())
+                q = model.posterior(test, num_samples=draws, generator=generator(run.seed + 1))
+                with torch.no_grad():
+                    z = q.rsample((len(fresh),), noise=fresh)
+                    after = plain.observation(z).log_prob(test).mean(0) - q.kl_to_standard()
+                figures[f"{num_steps} steps of {size}, {draws} draws"] = {
+                    "steps": num_steps, "step_size": size, "draws": draws, **summary(after - before, "rise"),
+                    "worse": float((after < before).double().mean())}
+    return figures
+
+
 SWAPPED = ("vae", "heads", "random", "random-30", "semi", "mixture", "householder", "laplace")
 
 
