@@ -196,7 +196,8 @@ def test_knots_of_the_reference_networks():
     check_close(partition(R2).cells[1:, 0], [-5 / 11, -1 / 6, 0.28, 5 / 7, 1.70833333333333], 1e-14)
 
 
-@pytest.mark.parametrize(("num_latents", "units", "count"), [(1, 8, 9), (2, 6, 22), (2, 10, 56), (3, 4, 15), (3, 6, 42)])
+@pytest.mark.parametrize(("num_latents", "units", "count"), [(1, 8, 9), (2, 6, 22), (2, 10, 56), (3, 4, 15), (3, 6, 42),
+                                                          pytest.param(3, 8, 93, marks=pytest.mark.slow)])
 def test_one_layer_has_zaslavskys_count(num_latents, units, count):
     assert partition(random_network(1, [num_latents, units, 2]), box=1e4).num_regions == count
 
@@ -956,6 +957,247 @@ def test_affine_em_reaches_probabilistic_pca():
     check_close(result.noise_var, values[:-1].mean(), 1e-6)
     best = -0.5 * (5 * np.log(2 * np.pi) + torch.log(values[-1]) + 4 * torch.log(values[:-1].mean()) + 5)
     check_close(result.log_likelihoods[-1], float(best), 1e-6)
+
+
+# --- Identities and the brief's other oracles
+
+def test_reference_networks_have_the_other_stored_values():
+    """R1 under little noise, R2's weights of the regions, R3b's second moments: by quadrature with many digits."""
+    _, _, e1, e2 = e_step(R1, X1, 0.01, slope=0.1)
+    check_close([e1.sum(), e2.sum()], [0.277534386021453121, 0.0855653808505501439], 1e-13)
+    e0 = e_step(R2, T([[0.5, 0.25]]), 0.09, slope=0.1)[1]
+    check_close(e0[0], [0.0431630298315331, 0.0768699600168447, 0.167253754542029, 0.538885660968892, 0.173827593220915,
+                        1.41978597152586e-9], 1e-13)
+    for slope, (s11, s12, s22) in ((0.1, (1.131688226921, -0.04828624693022, 0.8058625153341)),
+                                   (0.0, (1.056019354121, -0.147653844101, 0.8714694467174))):
+        square = e_step(R3B, T([[0.9, 0.3, 0.2]]), 0.09, slope=slope)[3].sum(1)[0]
+        check_close(square, [[s11, s12], [s12, s22]], 1e-11)
+    weights, limit = exact_posterior(ZIGZAG, T([[0.6]]), 1e-6).region_weights[0], T([0.434556976905] * 2 + [0.130886046190])
+    check_close(weights.sort().values[1:], limit.sort().values, 2e-7)  # as the noise goes to zero: change of variables
+
+
+def test_neighbouring_polygons_agree_at_every_vertex_they_share():
+    layers = random_network(5, [2, 5, 4, 3])
+    regions = partition(layers, slope=0.1)
+    corners = torch.cat([cell.unique(dim=0) for cell in regions.cells])
+    owner = torch.cat([torch.full((len(cell.unique(dim=0)),), r) for r, cell in enumerate(regions.cells)])
+    near = torch.cdist(corners, corners) < 1e-9
+    first, second = near.nonzero().unbind(1)
+    assert int((owner[first] != owner[second]).sum()) > 3 * regions.num_regions  # there are such vertices
+    value = lambda r: (regions.A[r] @ corners[first][..., None])[..., 0] + regions.b[r]
+    check_close(value(owner[first]), value(owner[second]), 1e-10)
+    check_close(value(owner[first]), relu_network(plain(layers), corners[first].numpy(), 0.1)[0], 1e-10)
+
+
+def test_polygons_and_linear_programmes_find_the_same_regions():
+    """Two latents, cut by clipping; the same decoder with a third latent that it ignores, by linear programmes."""
+    layers = random_network(4, [2, 4, 3, 2])
+    blind = [(torch.cat([layers[0][0], torch.zeros(4, 1).double()], 1), layers[0][1]), *layers[1:]]
+    plane, space = partition(layers, slope=0.1), partition(blind, slope=0.1, box=50.0)
+    code = lambda regions: {"".join(str(int(on)) for on in row) for row in regions.codes}
+    assert code(plane) == code(space) and plane.num_regions == space.num_regions
+
+
+def test_a_unit_without_outgoing_weights_leaves_the_moments():
+    wide = [(torch.cat([R3[0][0], T([[0.7, -0.3]])]), torch.cat([R3[0][1], T([0.1])])),
+            (torch.cat([R3[1][0], torch.zeros(2, 1).double()], 1), R3[1][1])]
+    x = T([[0.8, 0.1], [-1.2, 0.7]])
+    for got, want in zip(e_step(wide, x, 0.16, slope=0.1)[1:], e_step(R3, x, 0.16, slope=0.1)[1:], strict=True):
+        check_close(got.sum(1), want.sum(1), 1e-13)
+
+
+def test_posterior_moments_average_to_the_priors():
+    """Total expectation over x: the weight of a region averages to its prior mass, E[z | x] to 0, E[z^2 | x] to 1."""
+    grid = torch.linspace(-12, 12, 401, dtype=torch.float64)
+    x = torch.cartesian_prod(grid, grid)
+    log_px, e0, e1, e2 = e_step(R1, x, 0.25, slope=0.1)
+    weight = torch.exp(log_px) * (grid[1] - grid[0]) ** 2
+    check_close(weight @ e0, np.diff(special.ndtr([-np.inf, -0.5, -0.3, 1.2, np.inf])), 1e-12)
+    check_close([weight @ e1[..., 0].sum(1), weight @ e2[..., 0, 0].sum(1)], [0.0, 1.0], 1e-12)
+
+
+def test_evidence_by_draws_of_the_prior():
+    z = np.random.default_rng(0).normal(size=(1_000_000, 1))
+    residual = X1.numpy() - relu_network(plain(R1), z, 0.1)[0]
+    check_mc(np.exp(-(residual**2).sum(1) / 0.5) / (0.5 * np.pi), float(torch.exp(exact_log_likelihood(R1, X1, 0.25, slope=0.1))))
+
+
+def test_reconstruction_is_where_the_score_points():
+    model = PiecewiseAffineGaussian(decoder=_module(R1), noise_var=0.25)
+    reconstruction = model.reconstruct(X1).detach()
+    check_close(reconstruction, [[0.595119634993, -0.077776125039]], 1e-11)
+    x = X1.clone().requires_grad_()
+    (score,) = torch.autograd.grad(exact_log_likelihood(R1, x, 0.25, slope=0.1).sum(), x)
+    check_close(score, (reconstruction - X1) / 0.25, 1e-12)
+
+
+def _module(layers, slope=0.1):
+    """The decoder as an nn.Sequential of Linear and LeakyReLU."""
+    parts = []
+    for W, b in layers:
+        linear = nn.Linear(W.shape[1], W.shape[0]).double()
+        with torch.no_grad():
+            linear.weight.copy_(W), linear.bias.copy_(b)
+        parts += [linear, nn.LeakyReLU(slope)]
+    return nn.Sequential(*parts[:-1])
+
+
+def _surrogate(leaves, layers, x, noise_var, moments):
+    """EM's objective with every region's code frozen, differentiable in leaves: from the moments alone, no M-step code."""
+    regions = partition(layers, slope=0.1)
+    widths = [len(b) for _, b in layers[:-1]]
+    slopes = torch.where(regions.codes, T(1.0), T(0.1)).split(widths, 1)
+    A, b = leaves[0][0].expand(len(regions.codes), -1, -1), leaves[0][1].expand(len(regions.codes), -1)
+    for (W, v), q in zip(leaves[1:], slopes, strict=True):
+        A, b = W @ (q[..., None] * A), (q * b) @ W.T + v
+    e0, e1, e2 = moments
+    r = x[:, None] - b
+    square = ((r**2).sum(-1) * e0).sum() - 2 * torch.einsum("nrd,rdk,nrk->", r, A, e1) + torch.einsum("rdk,nrkl,rdl->", A, e2, A)
+    return -0.5 * square / noise_var
+
+
+@pytest.mark.parametrize("layers", [R2, R3B])
+def test_closed_form_is_the_stationary_point_of_the_surrogate(layers):
+    """In every layer: at the old weights the surrogate has the likelihood's gradient, at the closed form none at all."""
+    x = T(np.random.default_rng(3).normal(size=(6, len(layers[-1][1]))))
+    moments = e_step(layers, x, 0.3, slope=0.1)[1:]
+    stats = collect_statistics(layers, x, 0.3, slope=0.1)
+    for layer in range(len(layers)):
+        def gradient(value, new, layer=layer):
+            leaf = [t.clone().requires_grad_() for t in new]
+            leaves = [tuple(leaf) if i == layer else pair for i, pair in enumerate(layers)]
+            return torch.cat([g.reshape(-1) for g in torch.autograd.grad(value(leaves), leaf)])
+
+        frozen = lambda leaves: _surrogate(leaves, layers, x, 0.3, moments)
+        exact = lambda leaves: exact_log_likelihood(leaves, x, 0.3, slope=0.1).sum()
+        check_close(gradient(frozen, layers[layer]), gradient(exact, layers[layer]), 1e-11)
+        best = m_step_direction(layer, stats, ridge=1e-14)
+        check_close(gradient(frozen, best), np.zeros(sum(t.numel() for t in best)), 1e-7)
+
+
+def test_biases_alone_reference():
+    """M1, only the biases of a layer free: the maximum of the same quadratic, by its gradient and curvature."""
+    moments = e_step(R1, XM, 0.25, slope=0.1)[1:]
+    for layer, want in ((0, [0.091986022418, -0.234970043346, 0.120750482707]), (1, [-0.013930746847, -0.667104774129])):
+        def value(bias, layer=layer):
+            leaves = [(W, bias if i == layer else b) for i, (W, b) in enumerate(R1)]
+            return _surrogate(leaves, R1, XM, 0.25, moments)
+
+        old = R1[layer][1]
+        gradient = torch.autograd.functional.jacobian(value, old)
+        curvature = torch.autograd.functional.hessian(value, old)
+        check_close(old - torch.linalg.solve(curvature, gradient), want, 1e-11)
+
+
+def test_last_layer_and_noise_never_lower_the_likelihood():
+    from dlgm_tutorial._region_em import _noise_update
+
+    rng = np.random.default_rng(1)
+    x = T(rng.normal(size=(40, 2)) * [1.0, 0.5])
+    for seed in range(20):
+        layers, noise = random_network(seed, [1, 6, 4, 2]), T(0.3)
+        for _ in range(3):
+            before = exact_log_likelihood(layers, x, noise, slope=0.1).mean()
+            stats = collect_statistics(layers, x, noise, slope=0.1)
+            layers = [*layers[:-1], m_step_direction(-1, stats)]
+            between = exact_log_likelihood(layers, x, noise, slope=0.1).mean()
+            noise = _noise_update(collect_statistics(layers, x, noise, slope=0.1), "isotropic")
+            after = exact_log_likelihood(layers, x, noise, slope=0.1).mean()
+            check_below(torch.stack([before, between]), torch.stack([between, after]), slack=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [[1, 6, 4], [1, 5, 4, 3]])
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_numpy_and_torch_agree_in_value_and_gradient(sizes, slope):
+    """The pages' NumPy from scratch against the module: partition, E-step, gradient, M-step, to 1e-10."""
+    from autograd import grad
+
+    from dlgm_tutorial.scratch import analytic_em as scratch
+
+    layers, noise_var = random_network(18, sizes), 1.0
+    layers[-1] = (0.3 * layers[-1][0], layers[-1][1])  # wide pieces: the page's gradient subtracts distribution functions
+    ours = plain(layers)
+    rng = np.random.default_rng(13)
+    x = scratch.decode(ours, rng.normal(size=(5, 1)), slope) + 0.4 * rng.normal(size=(5, sizes[-1]))
+    knots, codes = scratch.partition_1d(ours, slope)
+    A, b = scratch.affine_maps(ours, codes, slope)
+    regions = partition(layers, slope=slope)
+    for got, want in ((regions.cells[1:, 0], knots[1:-1]), (regions.A, A), (regions.b, b),
+                      (regions.codes.double(), np.concatenate(codes, 1))):
+        check_close(got, want, 1e-12)
+    for got, want in zip(e_step(layers, T(x), noise_var, slope=slope), scratch.e_step(ours, x, noise_var, slope), strict=True):
+        check_close(got.reshape(want.shape), want, 1e-10, rtol=1e-12)
+    leaves = [(W.clone().requires_grad_(), v.clone().requires_grad_()) for W, v in layers]
+    exact_log_likelihood(leaves, T(x), noise_var, slope=slope).mean().backward()
+    ends = np.concatenate([[-40.0], knots[1:-1], [40.0]])
+    for number, (W, v) in enumerate(ours):
+        def value(W, v, number=number):
+            net = [(W, v) if i == number else pair for i, pair in enumerate(ours)]
+            return scratch.log_likelihood(net, x, noise_var, slope, ends, codes)
+
+        for leaf, argument in zip(leaves[number], (0, 1), strict=True):
+            check_close(leaf.grad, grad(value, argument)(W, v), 1e-10)
+    stats = collect_statistics(layers, T(x), noise_var, slope=slope)
+    for layer in range(len(layers)):
+        W, v = m_step_direction(layer, stats, ridge=1e-10)
+        check_close(torch.cat([W, v[:, None]], 1), scratch.direction(ours, x, noise_var, slope, layer), 1e-5, rtol=1e-5)  # the ridge is 1e-10
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_numpy_and_torch_agree_with_two_latents(slope):
+    from dlgm_tutorial.scratch import analytic_em as scratch
+
+    layers = random_network(14, [2, 4, 3, 5])
+    rng = np.random.default_rng(15)
+    x = scratch.decode(plain(layers), rng.normal(size=(3, 2)), slope) + 0.4 * rng.normal(size=(3, 5))
+    posterior = exact_posterior(layers, T(x), 0.3, slope=slope)
+    for row, datum in enumerate(x):
+        log_px, mean, square = scratch.e_step_2d(plain(layers), datum, 0.3, slope)
+        check_close(posterior.log_px[row], log_px, 1e-10)
+        check_close(posterior.mean[row], mean, 1e-10)
+        check_close(posterior.covariance[row], square - np.outer(mean, mean), 1e-10)
+
+
+@pytest.mark.parametrize("layers", [R2, R3B])
+def test_noise_of_every_kind_is_the_mean_of_the_residuals(layers):
+    """eq-ae-noise on draws of the exact posterior: the residuals' mean square, whole, on the diagonal, or averaged."""
+    from dlgm_tutorial._region_em import _noise_update
+
+    D = len(layers[-1][1])
+    x = T(np.random.default_rng(3).normal(size=(4, D)))
+    noise = 0.3 * torch.eye(D, dtype=torch.float64) + 0.1
+    posterior = exact_posterior(layers, x, noise, slope=0.1)
+    z = posterior.sample(50_000, generator=torch.Generator().manual_seed(0))
+    residual = x.numpy() - relu_network(plain(layers), z.reshape(-1, z.shape[-1]).numpy(), 0.1)[0].reshape(50_000, 4, D)
+    square = (residual[..., :, None] * residual[..., None, :]).mean(1)
+    full = _noise_update(collect_statistics(layers, x, noise, slope=0.1), "full")
+    check_mc(square, full, what="full")
+    stats = collect_statistics(layers, x, noise.diagonal().clone(), slope=0.1)
+    want = _noise_update(collect_statistics(layers, x, torch.diag(noise.diagonal()), slope=0.1), "full").diagonal()
+    check_close(_noise_update(stats, "diagonal"), want, 1e-12)
+    check_close(_noise_update(stats, "isotropic"), want.mean(), 1e-12)
+
+
+def test_the_box_grows_with_the_posterior():
+    """Two latents whose posterior lies a hundred deviations out, beyond the square that stands for the plane."""
+    W, b, x = np.array([[0.01, 0.0], [0.004, 0.007]]), np.array([0.1, -0.2]), np.array([[1.1, 0.3], [0.1, -0.9]])
+    posterior = exact_posterior([(T(W), T(b))], T(x), 1e-8)
+    mean, cov = linear_gaussian_posterior(x, W, b, 1e-8)
+    assert np.abs(mean).max() > 95
+    check_close(posterior.log_px, linear_gaussian_evidence(x, W, b, 1e-8), 1e-7)
+    check_close(posterior.mean, mean, 1e-7)
+    check_close(posterior.covariance, np.broadcast_to(cov, (2, 2, 2)), 1e-7)
+
+
+def test_a_flat_strip_that_holds_its_own_centre():
+    """A decoder flat for |z| < 0.01 and steep beyond: nearly all of the posterior is in a strip of little mass."""
+    strip = [(T([[-1.0, 0.0], [1.0, 0.0]]), T([-0.01, -0.01])), (T([[-100.0, 100.0]]), T([0.0]))]
+    line = [(strip[0][0][:, :1], strip[0][1]), strip[1]]
+    x = T([[0.0], [0.02], [0.3]])
+    flat, thin = exact_posterior(line, x, 0.01), exact_posterior(strip, x, 0.01)
+    check_close(thin.log_px, flat.log_px, 1e-12)
+    check_close(thin.mean[:, 0], flat.mean[:, 0], 1e-13)
+    check_close(thin.covariance[:, 0, 0], flat.covariance[:, 0, 0], 1e-13)
 
 
 # --- Refusals
