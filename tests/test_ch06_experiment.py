@@ -51,3 +51,9 @@ def test_a_run_gives_figures_with_a_curve_and_rows():
     figures.update(ch06.judged(model, data, judge, 0, num_samples=20, num_ais=2, ais_steps=4))
     row, = ch06.rows_by_method([{"figures": {"judge": {}, "one": figures}}])
     assert row["method"] == "one" and row["updates"] == 8 and row["test_error"] == pytest.approx(figures["test_error"])
+
+
+def test_an_update_by_a_chain_takes_the_time_of_several_of_a_vae():
+    make = lambda: MultiLayerGenerator(60, (5,), 40, noise_var=0.1, output="sigmoid")
+    slower = ch06.time_ratio(make, ch06.vae(hidden_dims=40), torch.rand(80, 60), 40, num=10)
+    assert 1.5 < slower < 60  # twenty passes against one, plus what both pay besides

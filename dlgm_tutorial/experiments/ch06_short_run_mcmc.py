@@ -281,6 +281,8 @@ def image_figures(run, name, make, models, *, num_train=None, batch_size=250, ca
             figures["judge"]["accuracy"] = float((judge(test).argmax(-1) == test_y).float().mean())
     kept = None
     for title, (wrap, share) in models.items():
+        if share is None:
+            share = time_ratio(make, wrap, data, batch_size)
         torch.manual_seed(run.seed)
         model = wrap(make(), len(data))
         word = "".join(c if c.isalnum() else "-" for c in title)
@@ -312,9 +314,20 @@ def vae(**options):
     return lambda generator, num: LayeredVAE(generator, **options)
 
 
+def time_ratio(make, wrap, data, batch_size, num=40):
+    """How many updates of another model take the processor time of one update by twenty steps from the prior."""
+    seconds = []
+    for model, loss in ((langevin()(make(), len(data)), short_run_loss), (wrap(make(), len(data)), None)):
+        for steps in (5, num):  # the first five warm up
+            start = time.process_time()
+            fit(model, data, loss=loss, num_steps=steps, batch_size=batch_size, lr=1e-4, seed=0, device="cpu")
+            seconds.append(time.process_time() - start)
+    return max(1.0, seconds[1] / seconds[3])
+
+
 SHORT_RUN = {"short run, 20 steps": (langevin(), 1.0)}
-OPPONENTS = {"VAE, equal updates": (vae(), 1.0), "short run from an encoder, 5 steps": (langevin(start="encoder",
-             num_steps=5), 1.0), "VAE, ten times the updates": (vae(), 10.0)}
+EQUAL_UPDATES, EQUAL_TIME = {"VAE, equal updates": (vae(), 1.0)}, {"VAE, equal time": (vae(), None)}
+FROM_ENCODER = {"short run from an encoder, 5 steps": (langevin(start="encoder", num_steps=5), 1.0)}
 
 
 @experiment("06", "mnist-one", paper=PAPER, table="reconstruction and synthesis", hours=0.3, steps=4800,
@@ -347,28 +360,28 @@ def mnist_three_fixed(run):
 
 @experiment("06", "mnist-one-vae", paper=PAPER, table="against a VAE", hours=0.05, steps=4800, rows=rows_by_method)
 def mnist_one_vae(run):
-    """The plain VAE on the one-layer generator, at equal updates; its curve gives equal time."""
-    return image_figures(run, "mnist", lambda: grey_generator(1), {"VAE, equal updates": (vae(), 1.0)})
+    """The plain VAE on the one-layer generator, at equal updates."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), EQUAL_UPDATES)
 
 
 @experiment("06", "mnist-three-vae", paper=PAPER, table="against a VAE", hours=0.05, steps=4800, rows=rows_by_method)
 def mnist_three_vae(run):
-    """A VAE whose encoder climbs, on the three-layer generator, at equal updates; its curve gives equal time."""
-    return image_figures(run, "mnist", lambda: grey_generator(3), {"VAE, equal updates": (vae(), 1.0)})
+    """A VAE whose encoder climbs from layer to layer, on the three-layer generator, at equal updates."""
+    return image_figures(run, "mnist", lambda: grey_generator(3), EQUAL_UPDATES)
 
 
 @experiment("06", "mnist-one-opponents", paper=PAPER, table="against a VAE", hours=0.4, steps=4800,
             rows=rows_by_method)
 def mnist_one_opponents(run):
-    """Networks that infer, one layer: equal updates, about equal time, and a chain that starts at an encoder."""
-    return image_figures(run, "mnist", lambda: grey_generator(1), OPPONENTS, eval_every=5)
+    """One layer: a chain that starts at an encoder, and the VAE given the time of the chain from the prior."""
+    return image_figures(run, "mnist", lambda: grey_generator(1), FROM_ENCODER | EQUAL_TIME, eval_every=5)
 
 
 @experiment("06", "mnist-three-opponents", paper=PAPER, table="against a ladder", hours=0.4, steps=4800,
             rows=rows_by_method)
 def mnist_three_opponents(run):
-    """The same on the three-layer generator; the VAE's encoder climbs from layer to layer."""
-    return image_figures(run, "mnist", lambda: grey_generator(3), OPPONENTS, eval_every=5)
+    """The same on the three-layer generator; the encoders climb from layer to layer."""
+    return image_figures(run, "mnist", lambda: grey_generator(3), FROM_ENCODER | EQUAL_TIME, eval_every=5)
 
 
 def conv_generator(image_shape, channels=8):
@@ -378,30 +391,35 @@ def conv_generator(image_shape, channels=8):
                                              sizes=sizes)
 
 
-@experiment("06", "mnist-conv", paper=PAPER, table="five layers", hours=0.3, steps=500, rows=rows_by_method)
+@experiment("06", "mnist-conv", paper=PAPER, table="five layers", hours=0.4, steps=2000, rows=rows_by_method)
 def mnist_conv(run):
-    """A convolutional generator with five latent layers on 10,000 MNIST images, K = 20, 5 epochs."""
+    """A convolutional generator with five latent layers on 10,000 MNIST images, 20 steps, 20 epochs."""
     return image_figures(run, "mnist", lambda: conv_generator((1, 28, 28)), SHORT_RUN, num_train=10_000,
-                         batch_size=100, arrays=True, light=True)
+                         batch_size=100, arrays=True, light=True, eval_every=4)
+
+
+@experiment("06", "mnist-conv-vae", paper=PAPER, table="five layers, against a ladder", hours=0.4, steps=2000,
+            rows=rows_by_method)
+def mnist_conv_vae(run):
+    """The VAE whose encoder climbs on the same convolutional generator, at equal updates and at equal time."""
+    return image_figures(run, "mnist", lambda: conv_generator((1, 28, 28)), EQUAL_UPDATES | EQUAL_TIME,
+                         num_train=10_000, batch_size=100, light=True, eval_every=20)
 
 
 @experiment("06", "fashion", paper=PAPER, table="reconstruction and synthesis", hours=0.5, steps=4800,
             rows=rows_by_method)
 def fashion(run):
-    """The three-layer generator on Fashion-MNIST, short run and VAE at equal updates."""
-    return image_figures(run, "fashion_mnist", lambda: grey_generator(3),
-                         {"short run, 20 steps": (langevin(), 1.0), "VAE, equal updates": (vae(), 1.0)}, arrays=True)
+    """The three-layer generator on Fashion-MNIST, short run and VAE at equal updates and at equal time."""
+    return image_figures(run, "fashion_mnist", lambda: grey_generator(3), SHORT_RUN | EQUAL_UPDATES | EQUAL_TIME,
+                         arrays=True, eval_every=4)
 
 
 @experiment("06", "cifar", paper=PAPER, table="reconstruction and synthesis", hours=0.5, steps=1000,
             rows=rows_by_method)
 def cifar(run):
-    """The five-layer convolutional generator on the CIFAR-10 subset (colour, 32 x 32), short run and VAE."""
-    def make():
-        return conv_generator((3, 32, 32), 12)
-    return image_figures(run, "cifar10_subset", make,
-                         {"short run, 20 steps": (langevin(), 1.0), "VAE, equal updates": (vae(), 1.0)}, batch_size=50,
-                         light=True)
+    """The five-layer convolutional generator on the CIFAR-10 subset (32 x 32 x 3), short run and VAE."""
+    return image_figures(run, "cifar10_subset", lambda: conv_generator((3, 32, 32), 12),
+                         SHORT_RUN | EQUAL_UPDATES | EQUAL_TIME, batch_size=50, light=True, arrays=True, eval_every=4)
 
 
 # ---------------------------------------------------------------- an outsider
