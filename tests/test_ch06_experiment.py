@@ -6,6 +6,7 @@ import torch
 from scipy import linalg
 from torch import nn
 
+from dlgm_tutorial import oracles
 from dlgm_tutorial.checks import check_close
 from dlgm_tutorial.experiments import ch06_short_run_mcmc as ch06
 from dlgm_tutorial.short_run_mcmc import MultiLayerGenerator, ShortRunModel
@@ -57,3 +58,13 @@ def test_an_update_by_a_chain_takes_the_time_of_several_of_a_vae():
     make = lambda: MultiLayerGenerator(60, (5,), 40, noise_var=0.1, output="sigmoid")
     slower = ch06.time_ratio(make, ch06.vae(hidden_dims=40), torch.rand(80, 60), 40, num=10)
     assert 1.5 < slower < 60  # twenty passes against one, plus what both pay besides
+
+
+def test_the_likelihood_on_the_plane_is_that_of_a_linear_decoder():
+    generator = MultiLayerGenerator(decoder=nn.Linear(2, 2), noise_var=0.3)
+    x, _ = ch06.moons(0)
+    weight, bias = (p.detach().double().numpy() for p in generator.readout.parameters())
+    want = oracles.linear_gaussian_evidence(x[:7].double().numpy(), weight, bias, 0.3)
+    check_close(ch06.log_likelihood_on_plane(generator, x[:7]), want, 1e-5)
+    check_close(x.mean(0), torch.zeros(2), 0.1)
+    check_close(x.var(0), torch.ones(2), 0.15)

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import torch
+from sklearn.datasets import make_moons
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import nn
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ from dlgm_tutorial.short_run_mcmc import (
     MultiLayerGenerator,
     ShortRunModel,
     inpaint,
+    jacobian_bound,
     largest_curvature,
     propagate_on_grid,
     semi_implicit_bounds,
@@ -551,6 +553,133 @@ def digits_steps(run):
         "chosen": {key: [c[key] for c in chosen] for key in chosen[0]}, "final_step_size": float(model.step_size[0]),
         **judged(model, test, judge, run.seed, num_ais=40, ais_steps=100)}
     return figures
+
+
+# ---------------------------------------------------------------- the step size while a model learns
+ROUNDS, FIXED = 6, (0.01, 0.03, 0.05, 0.07, 0.09)
+
+
+@experiment("06", "tuning", paper=PAPER, table="choice of the step size", hours=0.2, steps=900)
+def tuning(run):
+    """The paper's objective on the 8x8 digits, two layers: s tuned by grid and by gradient; its value at fixed s."""
+    data, _, test, _ = digit_data(run)
+    rows, figures = data[:6], {}
+    lr = lambda k: 3e-3 if k < 0.75 * ROUNDS else 1e-3
+    for name in ("grid", "gradient", *FIXED):
+        torch.manual_seed(run.seed)
+        model = ShortRunModel(digits_generator(2), num_steps=20, step_size=0.07 if isinstance(name, str) else name)
+        chosen, values, folds = [], [], []
+        for k in range(ROUNDS + 1):
+            if k:
+                fit(model, data, batch_size=100, lr=lr(k), loss=short_run_loss, num_steps=round(run.steps / ROUNDS),
+                    seed=run.seed + 100 * k, device="cpu")
+            log_density = lambda z, model=model: model.log_joint(rows, z)
+            if isinstance(name, str):
+                how = {"grid": np.geomspace(0.01, 0.16, 9).tolist()} if name == "grid" else {
+                    "method": "gradient", "start": float(model.step_size[0]), "num_iterations": 6, "lr": 0.15}
+                model.tune(rows, objective="jacobian", num_chains=8, generator=draws(run.seed), **how)
+            z0 = torch.randn(8, len(rows), model.num_latents, generator=draws(run.seed))
+            found = jacobian_bound(log_density, z0, float(model.step_size[0]), 20, generator=draws(run.seed + 1))
+            chosen.append(float(model.step_size[0]))
+            values.append(-float(found.value.mean()))
+            folds.append(float(found.folds.float().mean()))
+        again = model.reconstruct(test, generator=draws(run.seed))
+        title = f"s by {name}" if isinstance(name, str) else f"s = {name}"
+        figures[title] = {"updates": [round(run.steps * k / ROUNDS) for k in range(ROUNDS + 1)], "step_size": chosen,
+                          "objective": values, "folds": folds, "test_error": float((test - again).square().mean())}
+    return figures
+
+
+# ---------------------------------------------------------------- two moons: a learned decoder, judged exactly
+def moons(seed, noise=0.1):
+    """2,000 training and 2,000 test points of two interleaved half circles, with mean 0 and variance 1 on average."""
+    x, _ = make_moons(4000, noise=noise, random_state=seed)
+    x = torch.tensor((x - [0.5, 0.25]) / [0.87, 0.5], dtype=torch.float32)
+    return x[:2000], x[2000:]
+
+
+@torch.no_grad()
+def log_likelihood_on_plane(generator, x, num=241, reach=5.0):
+    """Exact log p(x) [B] for two latents, by a sum over the grid of num x num points on [-reach, reach]^2."""
+    line = torch.linspace(-reach, reach, num, dtype=torch.float64)
+    z = torch.cartesian_prod(line, line)
+    mean = generator.mean(z.to(x.dtype)).double()
+    log_prior = -0.5 * (z.square() + np.log(2 * np.pi)).sum(-1) + 2 * float((line[1] - line[0]).log())
+    at_grid = log_prior - 0.5 * mean.square().sum(-1) / generator.noise_var
+    parts = [torch.logsumexp(rows @ mean.mT / generator.noise_var + at_grid, -1) for rows in x.double().split(100)]
+    own = x.double().square().sum(-1) / generator.noise_var + x.shape[1] * np.log(2 * np.pi * generator.noise_var)
+    return torch.cat(parts) - 0.5 * own
+
+
+def moons_encoder(generator):
+    return BottomUpEncoder(2, generator.latent_dims, ((48, 48),), "tanh")
+
+
+def moons_vae(generator, num):
+    return LayeredVAE(generator, encoder=moons_encoder(generator))
+
+
+def moons_from_encoder(num_steps):
+    return lambda generator, num: ShortRunModel(generator, start="encoder", encoder=moons_encoder(generator),
+                                                kernel="mala", num_steps=num_steps, step_size=0.1)
+
+
+MOONS = {"VAE": moons_vae, "short run, T = 5, s = 0.10": langevin(num_steps=5),
+         **{f"short run, T = 20, s = {s:.2f}": langevin(step_size=s) for s in (0.03, 0.05, 0.1, 0.15)},
+         "short run, T = 20, s = 0.10, without noise": langevin(stochastic=False),
+         "short run, T = 20, s = 0.10, accept or reject": langevin(kernel="mala"),
+         "persistent, T = 5, s = 0.10": langevin(start="persistent", num_steps=5),
+         "persistent, T = 20, s = 0.10": langevin(start="persistent"),
+         "from an encoder, accept or reject, T = 5": moons_from_encoder(5),
+         "from an encoder, accept or reject, T = 20": moons_from_encoder(20)}
+BLURRED = {"VAE": moons_vae, **{f"short run, T = 20, s = {s:.1f}": langevin(step_size=s) for s in (0.1, 0.2, 0.3)},
+           "persistent, T = 5, s = 0.1": langevin(start="persistent", num_steps=5)}
+
+
+def moons_rows(runs):
+    """One row a method: exact test log-likelihood, its standard deviation over the seeds, processor seconds."""
+    rows = []
+    for name in (key for key, f in runs[0]["figures"].items() if isinstance(f, dict)):
+        parts = [run["figures"][name] for run in runs if name in run["figures"]]
+        values = [p["test_log_likelihood"] for p in parts]
+        rows.append({"method": name, "seeds": len(parts), "test_log_likelihood": float(np.mean(values)),
+                     "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                     **{key: float(np.mean([p[key] for p in parts])) for key in (
+                         "train_log_likelihood", "processor_seconds")}, "updates": parts[0]["updates"]})
+    return rows
+
+
+def moons_figures(run, methods, noise_std, data_noise):
+    x, test = moons(run.seed, data_noise)
+    figures, arrays = {}, {"test": test[:800]}
+    for name, make in methods.items():
+        torch.manual_seed(run.seed)
+        model = make(MultiLayerGenerator(decoder=mlp([2, 48, 48, 2], "tanh"), noise_var=noise_std**2), len(x))
+        chains = isinstance(model, ShortRunModel)
+        settings = run.fit_options("".join(c if c.isalnum() else "-" for c in name))
+        start = time.process_time()
+        fit(model, (x, torch.arange(len(x))) if chains and model.start == "persistent" else x, batch_size=128,
+            lr=lambda step: 3e-3 * 0.5 * (1 + np.cos(np.pi * step / run.steps)),
+            loss=short_run_loss if chains else None, record_every=1000, **settings)
+        figures[name] = {"updates": run.steps, "processor_seconds": time.process_time() - start,
+                         "test_log_likelihood": float(log_likelihood_on_plane(model.generator, test).mean()),
+                         "train_log_likelihood": float(log_likelihood_on_plane(model.generator, x[:200]).mean())}
+        arrays[name.replace("/", " ")] = model.sample(800, generator=draws(run.seed))
+    return figures, arrays
+
+
+@experiment("06", "two-moons", paper=PAPER, table="learned decoder, exact likelihood", hours=0.5, steps=6000,
+            rows=moons_rows)
+def two_moons(run):
+    """Two latents, two pixels, sigma = 0.15: the likelihood that each way of inferring learns, by quadrature."""
+    return moons_figures(run, MOONS, 0.15, 0.1)
+
+
+@experiment("06", "two-moons-blurred", paper=PAPER, table="learned decoder, exact likelihood", hours=0.2, steps=4000,
+            rows=moons_rows)
+def two_moons_blurred(run):
+    """The same with points blurred by 0.3 and sigma = 0.4: a posterior not much narrower than the prior."""
+    return moons_figures(run, BLURRED, 0.4, 0.3)
 
 
 # ---------------------------------------------------------------- the cast
