@@ -517,6 +517,16 @@ def digits(run):
     return figures, kept
 
 
+def tuned(model, x, **options):
+    """The step size that `tune_step_size` picks, None where every candidate folds the space or blows up."""
+    try:
+        return tune_step_size(model, x, **options).step_size
+    except ValueError as error:
+        if "every one of" not in str(error):
+            raise
+        return None
+
+
 @experiment("06", "digits-steps", paper=PAPER, table="influence of K and s", hours=0.1, steps=1200, rows=rows_by_method)
 def digits_steps(run):
     """Number and size of the steps on the 8x8 digits, three layers; the paper's objective tunes the last one."""
@@ -531,7 +541,7 @@ def digits_steps(run):
     torch.manual_seed(run.seed)
     model = ShortRunModel(digits_generator(3), num_steps=20, step_size=0.1)
     chosen = []
-    grid = torch.tensor([0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16])
+    grid = torch.tensor([0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16])
     settings = run.fit_options("tuned")
     rounds = 6
     total = 0.0
@@ -542,10 +552,10 @@ def digits_steps(run):
         total += history[-1]["seconds"]
         values = {}
         for objective in ("jacobian", "semi_implicit"):
-            found = tune_step_size(model, data[:16], num_steps=20, objective=objective, grid=grid, num_chains=16,
-                                   generator=draws(k))
-            values[objective] = found.step_size
-        model.set_step_size(values["jacobian"])
+            values[objective] = tuned(model, data[:16], num_steps=20, objective=objective, grid=grid, num_chains=16,
+                                      generator=draws(k))
+        if values["jacobian"] is not None:  # else the old one stays
+            model.set_step_size(values["jacobian"])
         chosen.append(values)
     figures["T = 20, s tuned by the paper's objective"] = {
         "N": len(data), "updates": run.steps, "epochs": round(run.steps / (len(data) // 100), 2), "seconds": total,
@@ -568,7 +578,7 @@ def tuning(run):
     for name in ("grid", "gradient", *FIXED):
         torch.manual_seed(run.seed)
         model = ShortRunModel(digits_generator(2), num_steps=20, step_size=0.07 if isinstance(name, str) else name)
-        chosen, values, folds = [], [], []
+        chosen, values, folds, lost = [], [], [], []
         for k in range(ROUNDS + 1):
             if k:
                 fit(model, data, batch_size=100, lr=lr(k), loss=short_run_loss, num_steps=round(run.steps / ROUNDS),
@@ -577,7 +587,9 @@ def tuning(run):
             if isinstance(name, str):
                 how = {"grid": np.geomspace(0.01, 0.16, 9).tolist()} if name == "grid" else {
                     "method": "gradient", "start": float(model.step_size[0]), "num_iterations": 6, "lr": 0.15}
-                model.tune(rows, objective="jacobian", num_chains=8, generator=draws(run.seed), **how)
+                found = tuned(model, rows, num_chains=8, generator=draws(run.seed), **how)
+                lost.append(found is None)
+                model.set_step_size(found or float(model.step_size[0]))
             z0 = torch.randn(8, len(rows), model.num_latents, generator=draws(run.seed))
             found = jacobian_bound(log_density, z0, float(model.step_size[0]), 20, generator=draws(run.seed + 1))
             chosen.append(float(model.step_size[0]))
@@ -586,7 +598,7 @@ def tuning(run):
         again = model.reconstruct(test, generator=draws(run.seed))
         title = f"s by {name}" if isinstance(name, str) else f"s = {name}"
         figures[title] = {"updates": [round(run.steps * k / ROUNDS) for k in range(ROUNDS + 1)], "step_size": chosen,
-                          "objective": values, "folds": folds, "test_error": float((test - again).square().mean())}
+                          "objective": values, "folds": folds, "lost": lost, "test_error": float((test - again).square().mean())}
     return figures
 
 
