@@ -280,6 +280,8 @@ def _draw_log_weights(log_a, log_b, u, family):
 
 def _stick_kl(log_a, log_b, prior, family):
     """KL(q(pi) || p(pi)), summed over the C - 1 sticks: [..., C-1] -> [...]."""
+    if log_a.shape[-1] == 0:  # one component: no stick
+        return log_a.sum(-1)
     alpha, beta = prior.alpha.to(log_a), prior.beta.to(log_a)
     if family == "beta":
         q = Beta(log_a.double().exp(), log_b.double().exp(), validate_args=False)

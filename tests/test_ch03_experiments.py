@@ -17,7 +17,7 @@ from dlgm_tutorial.reproduce import experiments
 def test_every_row_of_the_tables_has_its_command():
     known = {name for chapter, name in experiments() if chapter == "03"}
     rows = {f"{data}-{model}" for data in ("mnist", "omniglot") for model in ("gaussian", "mixture-3", "dp-17")}
-    rows |= {"mnist-equal-compute", "mnist-stick-breaking", "mnist-spread-gaussian", "mnist-spread-mixture-5"}
+    rows |= {"mnist-equal-compute", "mnist-draws", "mnist-stick-breaking", "mnist-spread-gaussian", "mnist-spread-mixture-5"}
     rows |= {f"mnist-labels-{code}-{percent}" for code in CODES for percent in (10, 5, 1)}
     assert rows | {"digits-bounds", "digits-equal-passes", "digits-labels", "portrait"} <= known
 

@@ -165,6 +165,23 @@ def mnist_stick_breaking(run):
     return mnist_cell(run, StickBreakingVAE(784, 50, hidden_dims=(500,), concentration=5.0))
 
 
+# Rows of the same budget and several seeds, where one run of 100 epochs cannot tell seeds from models.
+def paired_rows(runs):
+    """One row a model, as `digits_rows`, with the budget of the runs."""
+    budget = ("N", "epochs", "updates")
+    return [{**row, **{key: runs[0]["figures"][row["model"]][key] for key in budget}} for row in digits_rows(runs)]
+
+
+@experiment("03", "mnist-draws", paper=PAPER, table="control", hours=0.5, steps=5000, rows=paired_rows)
+def mnist_draws(run):
+    """Components or draws? One Gaussian, the same with three draws a step, and three components; 2,000 test images."""
+    x_train, x_valid, x_test = (tensor(run.load("binarized_mnist", split).x) for split in ("train", "valid", "test"))
+    cells = {"one Gaussian": (mixture(1), 1), "one Gaussian, 3 draws": (mixture(1), 3),
+             "C = 3, indicator": (mixture(3), 1), "C = 3, siw": (mixture(3, kind="siw", weights="softmax"), 1)}
+    return {name: image_cell(run, model, x_train, x_valid, x_test[:2000], part=f"cell-{i}", num_samples=num)
+            for i, (name, (model, num)) in enumerate(cells.items())}
+
+
 # --- The model of the paper's pictures: five prior components in a line, and the control that the paper lacks
 
 DIGITS_STEPS, LATENTS, SPREAD = 1500, 5, (-1.5, -0.75, 0.0, 0.75, 1.5)
