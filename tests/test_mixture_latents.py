@@ -185,6 +185,9 @@ def test_gem_prior_has_geometric_weights():
     want = [(1 / 3) * (2 / 3) ** k for k in range(5)] + [(2 / 3) ** 5]
     check_close(log_w.exp(), want, 1e-14)
     check_close(MixturePrior(None, None, *stick_prior("dirichlet", 0.3, C)).log_weights().exp(), np.full(C, 1 / C), 1e-14)
+    v = np.random.default_rng(0).beta(*(part.numpy() for part in stick_prior("gem", 2.0, 60)), (20_000, 59))
+    pi = stick_breaking(torch.log(torch.from_numpy(v)), torch.log1p(-torch.from_numpy(v))).exp()
+    check_mc((pi**2).sum(-1), 1 / 3)  # 1 / (1 + concentration): how likely two draws share a component
 
 
 def test_mean_weights_of_symmetric_kumaraswamy_sticks_are_lopsided():
@@ -291,6 +294,52 @@ def test_reference_values_of_the_toy():
         check_close(found[name], value, 2e-9, what=name)
     check_close(found["collapsed_mixture"], -2.9001951221, 1e-6)
     check_close(found["siw"], -1.9419107315, 1e-6)
+
+
+def test_reference_values_of_the_terms_and_of_the_repair_that_is_no_bound():
+    found = oracles.mixture_bounds_1d(0.9, **TOY, **TOY_Q, alpha=1, beta=1, rho=(0.007074113215, 0.992925886785))
+    check_close(found["mean_weights"], [0.60657869166, 0.39342130834], 1e-10)
+    check_close(found["R"], [-5.19991846499, -0.79255735388], 1e-9)
+    check_close(found["C"], [-1.70579135264, -0.94579498189], 1e-9)
+    check_close(found["H"], [0.72579135264, 0.50264780133], 1e-9)
+    check_close(found["collapsed"], -1.9217524616160, 1e-9)  # the best responsibilities
+    slope = [oracles.mixture_bounds_1d(0.9, **TOY, **TOY_Q, alpha=1, beta=1, rho=(r, 1 - r))["collapsed"] for r in (0.006, 0.008)]
+    check_below(slope, found["collapsed"])
+    # Two separated prior components, exact component posteriors, equal weights: `indicator` is tight, `hybrid` too high.
+    found = oracles.mixture_bounds_1d(0.0, prior_loc=(-4, 4), prior_scale=(0.5, 0.5), slope=1, intercept=0, noise_scale=5,
+                                      loc=(-4 / 1.01, 4 / 1.01), scale=(math.sqrt(25 / 101),) * 2, a=1, b=1, alpha=1, beta=1)
+    for name, value in dict(log_px=-2.8501832942, indicator=-2.8501832942, mixture=-2.8501832942, paper=-2.9248880016,
+                            hybrid=-2.3501832942).items():
+        check_close(found[name], value, 2e-9, what=name)
+
+
+def test_entropy_of_a_mixture_and_the_term_that_stands_for_it():
+    """Weights (0.3, 0.7): the entropy of the mixture, between its two ends, and the published term below them all."""
+    w, loc, log_scale = t(0.3, 0.7), t(-1.0, 1.5)[:, None], t(0.5, 1.2).log()[:, None]
+    q = MixtureNormal(w.log(), loc, log_scale)
+    z = q.sample((200_000,), generator=torch.Generator().manual_seed(0))
+    check_mc(-q.log_prob(z), 1.7751420671861)
+    inner = (w * (log_scale[:, 0] + 0.5 * (1 + math.log(2 * math.pi)))).sum()
+    check_close(inner, 1.3386194687925, 1e-12)
+    check_close(inner - (w * w.log()).sum(), 1.9494837708474, 1e-12)
+    size, sharp = 100_000, 1e6  # sticks of a sharp Beta law: weights as good as fixed, and no price for them
+    prior = MixturePrior(loc, log_scale, t(0.3 * sharp), t(0.7 * sharp))
+    args = (lambda z: z.new_zeros(z.shape[:-1]), loc.expand(size, 2, 1), log_scale.expand(size, 2, 1),
+            prior.alpha.log().expand(size, 1), prior.beta.log().expand(size, 1), prior, uniform(1, size, 1), normal(1, size, 2, 1, seed=5))
+    slack = mixture_bound("indicator", *args, family="beta") - mixture_bound("paper", *args, family="beta")
+    check_mc(slack, 1.3386194687925 - 1.1489816901324)
+
+
+def test_importance_estimates_rise_to_the_evidence():
+    q = MixtureNormal(t(0.60657869166, 0.39342130834).log(), t(-0.8, 0.6)[:, None], t(0.5, 0.4).log()[:, None])
+    prior = MixtureNormal(t(0.5, 0.5).log(), t(-1.5, 1.0)[:, None], t(0.5, 0.8).log()[:, None])
+    z = q.sample((1_000_000,), generator=torch.Generator().manual_seed(0))
+    log_w = torch.distributions.Normal(1.3 * z[..., 0] + 0.2, 0.6).log_prob(t(0.9)) + prior.log_prob(z) - q.log_prob(z)
+    estimates = [torch.logsumexp(log_w.reshape(-1, n), 1) - math.log(n) for n in (1, 5, 50, 500, 5000)]
+    means = torch.stack([e.mean() for e in estimates])
+    check_below(means[:-1], means[1:])
+    check_mc(log_w.exp(), math.exp(-1.90266837236))
+    check_mc(estimates[-1], -1.90266837236)
 
 
 def test_all_bounds_are_the_plain_one_with_one_component():
@@ -498,6 +547,12 @@ def test_linear_decoder_gives_factor_mixture_analysis(weights, want):
         t(*weights).log(), prior_loc, torch.ones(3, 2).double())
     check_close(log_px, [want], 1e-11)
     check_close(log_px, [oracles.gaussian_path_density(FMA_X, fma_paths(weights))], 1e-12)
+    for shift, centre in ((-1.5, (0.334125838499, -0.632843678356)), (0.0, (0.649416813975, -0.472129806171)),
+                        (1.5, (0.964707789451, -0.311415933985))):  # the posterior of each component, by dense algebra
+        away = FMA_X - FMA["weight"] @ np.full(2, shift)
+        mean, cov = oracles.linear_gaussian_posterior(away[None], FMA["weight"], FMA["bias"], FMA["noise_var"])
+        check_close(mean[0] + shift, centre, 1e-11)
+        check_close(cov, [[0.212200977251, -0.002006993601], [-0.002006993601, 0.109149575058]], 1e-11)
     if weights[0] == 0.5 and weights[1] == 0.3:
         check_close(responsibilities, [[0.145392343585, 0.755618907372, 0.098988749043]], 1e-11)
 
