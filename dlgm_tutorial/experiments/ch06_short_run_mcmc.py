@@ -598,7 +598,8 @@ def tuning(run):
         again = model.reconstruct(test, generator=draws(run.seed))
         title = f"s by {name}" if isinstance(name, str) else f"s = {name}"
         figures[title] = {"updates": [round(run.steps * k / ROUNDS) for k in range(ROUNDS + 1)], "step_size": chosen,
-                          "objective": values, "folds": folds, "lost": lost, "test_error": float((test - again).square().mean())}
+                          "objective": values, "folds": folds, "lost": lost,
+                          "test_error": float((test - again).square().mean())}
     return figures
 
 
