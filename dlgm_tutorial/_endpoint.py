@@ -134,7 +134,8 @@ def law_of_endpoint(weight, bias, noise_var, x, step_size, num_steps, *, stochas
     mean = mu - mu @ shrink.mT
     delta = (mu - mean) @ factor
     ratio = factor.mT @ covariance @ factor
-    log_det = torch.linalg.slogdet(covariance).logabsdet
+    # Without noise the covariance is A^2T, whose smallest eigenvalue may be far below what its entries resolve.
+    log_det = torch.linalg.slogdet(covariance).logabsdet if stochastic else 2 * num_steps * log_a.sum()
     common = torch.trace(ratio) + delta.square().sum(-1) - num_latents - 2 * factor.diagonal().log().sum()
     kl = 0.5 * (common - log_det)
     bound = 0.5 * common - num_steps * log_a.sum()

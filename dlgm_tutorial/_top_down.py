@@ -277,10 +277,13 @@ class MultiLayerGenerator(nn.Module):
         through the decoder.
 
         For noises it is J^T (x - mean) / noise_var - z, J the Jacobian of the mean: one product with J^T, no density
-        needed. Rows are independent, so all chains go through one call; nothing mixes them (no batch normalisation).
-        Weights get no gradient. Arguments as in `log_joint`, z flat.
+        needed. Rows are independent, so all chains go through one call. Weights get no gradient. Arguments as in
+        `log_joint`, z flat. Raises ValueError for batch normalisation in training mode, which would couple the rows.
         """
         choice("coordinates", coordinates, ("noise", "state"))
+        if any(m.training for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError("decoder has batch normalisation in training mode, which couples the chains of a batch: "
+                             "call eval() on it, or normalise within one example")
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             if coordinates == "state":

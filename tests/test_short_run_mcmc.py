@@ -344,18 +344,64 @@ def test_the_closed_law_matches_the_published_digits():
     check_close(masked.mean @ t(WEIGHT)[1] + BIAS[1], t([-0.4014766432798443]), 1e-12)
 
 
-@pytest.mark.parametrize(("num_steps", "best", "kl", "jacobian_best", "jacobian"), [
-    (1, 0.309542901859, 0.901984631672, 0.275473032782, 1.93320864452),
-    (5, 0.265977813588, 0.117703812679, 0.167294407603, 1.35619141376),
-    (20, 0.17531070909, 0.0129389309928, 0.0898010204959, 1.22979203187),
-    (100, 0.0961424330515, 0.000922738067261, 0.0409523859503, 1.19607676238)])
-def test_the_best_step_sizes_match_mpmath(num_steps, best, kl, jacobian_best, jacobian):
-    check_close(law_a(best, num_steps).kl, t([kl]), 1e-12)
-    check_close(law_a(jacobian_best, num_steps).jacobian_bound, t([jacobian]), 1e-10)
-    for name, s in (("kl", best), ("jacobian_bound", jacobian_best)):
-        f = lambda s, name=name: float(getattr(law_a(float(s), num_steps), name))
-        check_close(oracles.finite_difference(f, np.array(s), 1e-5), 0.0, 2e-5)
-        assert f(s) < min(f(0.99 * s), f(1.01 * s))
+OPTIMA = [  # T: best s, KL there; best s by J, J there; without noise; averaged over the model's data
+    (1, 0.309542901859, 0.901984631672, 0.275473032782, 1.93320864452, 0.279251264822, 0.855830950633, 0.313663574333,
+     2.17940153124),
+    (5, 0.265977813588, 0.117703812679, 0.167294407603, 1.35619141376, 0.171241239404, 0.447452987115, 0.298578214807,
+     0.233785441157),
+    (10, 0.220032682755, 0.0397080478529, 0.123975764445, 1.27201782416, 0.126708173296, 0.400533551729,
+     0.252730676628, 0.0786788335717),
+    (20, 0.17531070909, 0.0129389309928, 0.0898010204959, 1.22979203187, 0.0916696866045, 0.37832642098,
+     0.205373967618, 0.0257939359277),
+    (50, 0.125498049014, 0.00288314236347, 0.0576321094393, 1.20449532933, 0.0587802328597, 0.365452975819,
+     0.149430751883, 0.00576043659795),
+    (100, 0.0961424330515, 0.000922738067261, 0.0409523859503, 1.19607676238, 0.0417551000877, 0.361240606372,
+     0.114887662776, 0.00182028136124)]
+
+
+def typical_datum():
+    """A datum for which the KL is its average over data from the model: E mu_i^2 = 1 - 1 / lambda_i."""
+    lam, vectors = np.linalg.eigh(np.eye(2) + np.transpose(WEIGHT) @ WEIGHT / NOISE_VAR)
+    mu = vectors @ np.sqrt(1 - 1 / lam)
+    W = np.array(WEIGHT)  # W^T (x - b) / noise_var = Lambda mu, solved in the column space of W
+    x = np.array(BIAS) + NOISE_VAR * W @ np.linalg.solve(W.T @ W, (vectors * lam) @ vectors.T @ mu)
+    return torch.from_numpy(x)[None]
+
+
+@pytest.mark.parametrize("row", OPTIMA, ids=lambda row: f"T={row[0]}")
+def test_the_best_step_sizes_match_mpmath(row):
+    num_steps, pairs = row[0], [row[i:i + 2] for i in (1, 3, 5, 7)]
+    average = lambda s: law_of_endpoint(t(WEIGHT), t(BIAS), NOISE_VAR, typical_datum(), s, num_steps).kl
+    values = [lambda s: law_a(s, num_steps).kl, lambda s: law_a(s, num_steps).jacobian_bound,
+              lambda s: law_a(s, num_steps, stochastic=False).kl, average]
+    for value, (best, want) in zip(values, pairs, strict=True):
+        check_close(value(best), t([want]), 1e-10)
+        f = lambda s, value=value: float(value(float(s)))
+        check_close(oracles.finite_difference(f, np.array(best), 1e-5), 0.0, 2e-5)
+        assert f(best) < min(f(0.99 * best), f(1.01 * best))
+
+
+def test_averages_over_data_from_the_model():
+    average = lambda s: law_of_endpoint(t(WEIGHT), t(BIAS), NOISE_VAR, typical_datum(), s, 20)
+    check_close(average(0.15).kl, t([0.144709055431171]), 1e-12)
+    chosen = average(0.0998964508068)  # the minimum of the averaged bound, and what the true divergence is there
+    check_close(torch.cat([chosen.jacobian_bound, chosen.kl]), t([2.16923361019, 1.14589691864]), 1e-10)
+    x = torch.cat([t(X), draws(20_000, 3, seed=3)])[1:]
+    z = draws(20_000, 2, seed=4)
+    x = z @ t(WEIGHT).mT + t(BIAS) + 0.5 * x
+    kl = law_of_endpoint(t(WEIGHT), t(BIAS), NOISE_VAR, x, 0.15, 20).kl
+    check_mc(kl, 0.144709055431171, what="KL averaged over 20,000 data")
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 20])
+def test_the_bound_is_above_the_divergence_and_equal_without_noise(num_steps):
+    for s in (0.05, 0.15, 0.25, 0.33, 0.4):
+        law, silent = law_a(s, num_steps), law_a(s, num_steps, stochastic=False)
+        check_below(law.kl, law.jacobian_bound - 1e-6, what="the information is positive")
+        check_close(silent.kl, silent.jacobian_bound, 1e-12)
+        check_close(silent.mutual_information, t(0.0), 1e-12)
+        lam, _, mu = scratch.spectrum(np.array(WEIGHT), np.array(BIAS), NOISE_VAR, np.array(X[0]))
+        check_close(silent.kl, scratch.kl_of_endpoint(lam, mu, s, num_steps, stochastic=False)[None], rtol=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [1, 6, 21])
