@@ -58,8 +58,8 @@ $(READY): requirements.txt
 test-quick: $(READY)         ## unit tests alone, for daily work: under two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests --ignore tests/test_html.py --ignore tests/test_book.py --ignore tests/test_assignments.py
 
-test-all: book               ## everything, for the night: also 20 kills, every page twice, in the browser and on Colab
-	PYTHONWARNINGS=error::RuntimeWarning $(BIN)/python -m pytest -rs -n 2 --dist loadscope -m "slow or not slow"
+test-all: book build/axe.min.js  ## everything, for the night: also 20 kills, every page twice, in the browser and on Colab
+	PYTHONWARNINGS=error::RuntimeWarning $(BIN)/python -m pytest -rfEs -n 2 --dist loadscope -m "slow or not slow"
 
 passport: $(READY)           ## run notebooks as Colab would: make passport NB=book/03_x/02_y.ipynb (none: all)
 	$(BIN)/python tools/colab.py $(NB)

@@ -68,10 +68,9 @@ def execute(nb, folder):
     with tempfile.TemporaryDirectory() as tmp:
         ledger = Path(tmp, "checks")
         ledger.touch()
-        os.environ["DLGM_LEDGER"] = str(ledger)
         start = time.perf_counter()
         NotebookClient(nb, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
-                       resources={"metadata": {"path": str(folder)}}).execute()
+                       resources={"metadata": {"path": str(folder)}}).execute(env={**os.environ, "DLGM_LEDGER": str(ledger)})
         seconds = time.perf_counter() - start
         checks = [json.loads(line) for line in ledger.read_text().splitlines()]
     for cell in nb.cells:
