@@ -43,6 +43,18 @@ def draw_normal(shape, like, generator=None):
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
 
 
+def held(function, *args):
+    """function(*args), [...] from args [..., K], with its gradient in the arguments alone: its parameters are held.
+
+    Each value may depend on its own row of the arguments only.
+    """
+    at = tuple(v.detach().requires_grad_() for v in args)
+    with torch.enable_grad():
+        value = function(*at)
+        slopes = torch.autograd.grad(value.sum(), at)
+    return value.detach() + sum((s * (v - v.detach())).sum(-1) for s, v in zip(slopes, args, strict=True))
+
+
 def trunk(data_dim, hidden_dims, activation="relu"):
     """The encoder's body, x [..., D] -> h [..., H]: hidden layers, the last one followed by tanh."""
     return nn.Sequential(*mlp([data_dim, *hidden_dims], activation), nn.Tanh())

@@ -1,4 +1,4 @@
-"""Chapter 4's baselines: inference that goes on after the encoder's pass, and posteriors richer than one normal."""
+"""Chapter 4's baselines whose inference goes on after the encoder's pass."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from dlgm_tutorial._gaussian_vae import (
-    LOG_2PI,
     AmortizedVAE,
     check_count,
     check_positive,
     draw_normal,
+    held,
     require,
     trunk,
 )
@@ -90,13 +90,18 @@ def _check_step(num_steps, step_size):
 class SemiAmortizedVAE(AmortizedVAE):
     """The semi-amortised autoencoder: the encoder starts, gradient steps on each datum's own bound finish.
 
-    bound(x) is the bound after num_steps steps, and its gradient goes through them (eq-gp-adjoint).
-    num_steps: T (0 is the plain autoencoder); step_size, momentum, precondition, clip_norm, adjoint: of `refine`;
-    other arguments: of `AmortizedVAE`. Source: Kim, Wiseman, Miller, Sontag and Rush 2018.
+    bound(x) is the bound after num_steps steps, and its gradient goes through them (eq-gp-adjoint);
+    `separate_objective` trains encoder and decoder without the adjoint. num_steps: T (0 is the plain autoencoder);
+    step_size, momentum, precondition, clip_norm, adjoint: of `refine`; start: "encoder", or "prior" for steps from
+    N(0, I) and no encoder at all; other arguments: of `AmortizedVAE`.
+    Source: Kim, Wiseman, Miller, Sontag and Rush 2018.
     """
 
     def __init__(self, *args, num_steps=4, step_size=0.02, momentum=0.0, precondition=False, clip_norm=None,
-                 adjoint="full", **options):
+                 adjoint="full", start="encoder", **options):
+        require(start in ("encoder", "prior"), f"start must be 'encoder' or 'prior', got {start!r}")
+        require(start == "encoder" or "encoder" not in options, "encoder: start='prior' has none")
+        self.start = start
         super().__init__(*args, **options)
         _check_step(num_steps, step_size)
         require(isinstance(momentum, (int, float)) and 0 <= momentum < 1,
@@ -105,6 +110,15 @@ class SemiAmortizedVAE(AmortizedVAE):
         self.num_steps, self.adjoint = num_steps, adjoint
         self.settings = {"step_size": step_size, "momentum": momentum, "precondition": precondition,
                          "clip_norm": clip_norm if clip_norm is None else check_positive(clip_norm, "clip_norm")}
+
+    def _plain_encoder(self):
+        return super()._plain_encoder() if self.start == "encoder" else nn.Identity()
+
+    def encode(self, x):
+        """Mean and log-variance from which the steps start: two [B, K]."""
+        if self.start == "encoder":
+            return super().encode(x)
+        return tuple(x.new_zeros(2, len(self._checked(x)), self.latent_dim))
 
     def noise_spec(self, batch_size, num_samples=1):
         """{name: (kind, shape, batch axis)}: "z" for the bound, "steps" [T, S, B, K] for the steps before it."""
@@ -124,6 +138,25 @@ class SemiAmortizedVAE(AmortizedVAE):
         noise = self._noise(len(self._checked(x)), num_samples, noise, generator, x)
         found = self._steps(x, noise, self.adjoint)
         return self._gaussian_bound(x, found.mean, found.log_var, noise["z"])
+
+    def separate_objective(self, x, *, teach="bound", num_samples=1, noise=None, generator=None):
+        """What training without the adjoint climbs: [B], in nats (eq-gp-separate). noise: as in `bound`.
+
+        The decoder climbs the bound of the refined posterior q_T, taken as it is. The encoder climbs, with the decoder
+        held, its own bound (teach="bound") or minus KL(q_0 || q_T), what it lacks of the refined posterior ("refined").
+        """
+        require(teach in ("bound", "refined"), f"teach must be 'bound' or 'refined', got {teach!r}")
+        require(self.start == "encoder", "start='prior' has no encoder to teach")
+        noise = self._noise(len(self._checked(x)), num_samples, noise, generator, x)
+        mean, log_var = self.encode(x)
+        found = self._steps(x, noise, "none")
+        if teach == "bound":
+            own = held(lambda *at: self._gaussian_bound(x, *at, noise["z"]), mean, log_var)
+        else:
+            ratio = log_var - found.log_var
+            squares = (mean - found.mean).square() * torch.exp(-found.log_var)
+            own = -0.5 * (torch.expm1(ratio) - ratio + squares).sum(-1)
+        return own + self._gaussian_bound(x, found.mean, found.log_var, noise["z"])
 
     def refine(self, x, *, num_samples=1, noise=None, generator=None):
         """The steps alone, without a graph: `Refined`, with the rows of x [B, D] that diverged."""
@@ -282,153 +315,3 @@ class VariationalLaplaceVAE(AmortizedVAE):
         noise = self._noise(len(x), num_samples, noise, generator, posterior.mean)["z"]
         z = posterior.rsample(noise.shape[:1], noise=noise)
         return self.observation(z).log_prob(x).mean(0) - posterior.kl_to_standard()
-
-
-class EncoderMixture:
-    """A mixture of diagonal normals for each datum: loc, log_var [C, B, K], weights [C] of sum 1."""
-
-    def __init__(self, loc, log_var, weights):
-        self.loc, self.log_var, self.weights = loc, log_var, weights
-
-    @property
-    def mean(self):
-        return torch.einsum("c,cbk->bk", self.weights, self.loc)
-
-    def rsample(self, sample_shape=(), *, noise=None, generator=None):
-        """Draw sample_shape + [B, K]; noise: {"choice": uniforms sample_shape + [B], "z": normals}. No gradient of the
-        weights."""
-        shape = (*sample_shape, *self.loc.shape[1:])
-        if noise is None:
-            device = self.loc.device if generator is None else generator.device
-            uniform = torch.rand(shape[:-1], generator=generator, dtype=self.loc.dtype, device=device)
-            noise = {"choice": uniform.to(self.loc.device), "z": draw_normal(shape, self.loc, generator)}
-        which = (noise["choice"][..., None] > self.weights.cumsum(0)).sum(-1).clamp(max=len(self.weights) - 1)
-        rows = torch.arange(self.loc.shape[1], device=which.device).expand_as(which)
-        return self.loc[which, rows] + torch.exp(0.5 * self.log_var[which, rows]) * noise["z"]
-
-    def log_prob(self, z):
-        """Log-density in nats, [..., B, K] -> [..., B]."""
-        squares = (z[..., None, :, :] - self.loc).square() * torch.exp(-self.log_var)
-        parts = -0.5 * (squares + self.log_var + LOG_2PI).sum(-1)
-        return torch.logsumexp(parts + self.weights.log()[:, None], -2)
-
-
-class RecursiveMixtureVAE(AmortizedVAE):
-    """A posterior that is a mixture of encoders, grown one by one: Q_c = (1 - a_c) Q_(c-1) + a_c q_c.
-
-    bound(x) is the bound of the mixture, with draws of every component in their proportions, all encoders trained
-    together; `mixture_gain` is the derivative along which a new component is worth adding. One pass of
-    every encoder at test time. num_components: C; share: a_c of each new component (default 1 / c: equal weights).
-    Source: the model of Kim and Pavlovic 2020, after its abstract; their training, component by component, is not this.
-    """
-
-    def __init__(self, *args, num_components=2, share=None, **options):
-        require("encoder" not in options, "encoder: this model has num_components of its own")
-        self._num_components = check_count(num_components, "num_components")
-        require(share is None or 0 < share < 1, f"share must lie in (0, 1), got {share!r}")
-        super().__init__(*args, **options)
-        weights = torch.ones(1)
-        for c in range(2, num_components + 1):
-            a = 1 / c if share is None else share
-            weights = torch.cat([(1 - a) * weights, torch.tensor([a])])
-        self.register_buffer("weights", weights)
-
-    def _plain_encoder(self):
-        return nn.ModuleList([AmortizedVAE._plain_encoder(self) for _ in range(self._num_components)])
-
-    def posterior(self, x):
-        """The mixture of all encoders' normals: `EncoderMixture`."""
-        x = self._checked(x)
-        loc, log_var = torch.stack([encoder(x) for encoder in self.encoder]).chunk(2, -1)
-        return EncoderMixture(loc, log_var, self.weights)
-
-    def noise_spec(self, batch_size, num_samples=1):
-        """{"z": normals [S, B, C K]}: num_samples draws of each component."""
-        return {"z": ("normal", (num_samples, batch_size, self._num_components * self.latent_dim), 1)}
-
-    def bound(self, x, *, num_samples=1, noise=None, generator=None):
-        """sum_c weight_c E_(q_c) [log p(x, z) - log Q(z | x)]: [B], in nats. noise: [S, B, C K]."""
-        q = self.posterior(x)
-        noise = self._noise(len(x), num_samples, noise, generator, q.loc)["z"]
-        parts = noise.unflatten(-1, (self._num_components, self.latent_dim)).movedim(-2, 1)  # [S, C, B, K]
-        z = q.loc + torch.exp(0.5 * q.log_var) * parts
-        log_w = self.log_joint(x, z) - q.log_prob(z)  # [S, C, B]
-        return torch.einsum("c,scb->sb", self.weights, log_w).mean(0)
-
-
-def mixture_gain(log_joint, mixture, new, *, num_samples=256, noise=None, generator=None):
-    """Rise of the bound per share of a new component at share 0: [B], in nats.
-
-    E_new [log p(x, z) - log Q(z)] - bound(Q) = bound(new) + KL(new || Q) - bound(Q): a component is worth adding where
-    its own bound is good and it differs from the mixture Q. log_joint: maps z [S, B, K] to [S, B]; mixture, new:
-    distributions over [B, K]; num_samples: draws of each; noise: {"mixture": ..., "new": ...} for their rsample.
-    """
-    noise = noise or {"mixture": None, "new": None}
-    draws = {name: q.rsample((num_samples,), noise=noise[name], generator=generator)
-             for name, q in (("mixture", mixture), ("new", new))}
-    value = {name: (log_joint(z) - mixture.log_prob(z)).mean(0) for name, z in draws.items()}
-    return value["new"] - value["mixture"]
-
-
-class RotatedNormal:
-    """A diagonal normal turned by Householder reflections: z = H_T ... H_1 z_0; loc, log_var [B, K], v [B, T, K]."""
-
-    def __init__(self, loc, log_var, v):
-        self.start, self.v = DiagonalNormal(loc, log_var), v
-
-    def _turn(self, z, order):
-        for t in order:
-            v = self.v[:, t]
-            z = z - 2 * v * ((z * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True))
-        return z
-
-    @property
-    def mean(self):
-        return self._turn(self.start.loc, range(self.v.shape[1]))
-
-    def rsample(self, sample_shape=(), *, noise=None, generator=None):
-        """Draw sample_shape + [B, K]; noise: standard normal, of that shape."""
-        z = self.start.rsample(sample_shape, noise=noise, generator=generator)
-        return self._turn(z, range(self.v.shape[1]))
-
-    def log_prob(self, z):
-        """Log-density in nats: reflections are their own inverses and keep volumes."""
-        return self.start.log_prob(self._turn(z, reversed(range(self.v.shape[1]))))
-
-    def kl_to_standard(self):
-        """KL to N(0, I), which no rotation changes: [B]."""
-        return self.start.kl_to_standard()
-
-
-class HouseholderVAE(AmortizedVAE):
-    """A posterior whose normal is turned by reflections that the encoder chooses: the Householder flow.
-
-    num_reflections: T; log-determinant 0, so the density is that of the start. It can reach
-    any full covariance with enough reflections, and stays a normal. Source: Tomczak and Welling 2016.
-    """
-
-    def __init__(self, *args, num_reflections=4, **options):
-        require("encoder" not in options, "encoder: this model has its own, which gives the reflections too")
-        self.num_reflections = check_count(num_reflections, "num_reflections")
-        super().__init__(*args, **options)
-
-    def _plain_encoder(self):
-        size = (2 + self.num_reflections) * self.latent_dim
-        head = mlp([self.encoder_dims[-1], size], self.activation)
-        with torch.no_grad():
-            head[-1].bias[2 * self.latent_dim:].normal_()  # no direction is defined at 0: start away from it
-        return nn.Sequential(trunk(self.data_dim, self.encoder_dims, self.activation), head)
-
-    def posterior(self, x):
-        """The turned normal of each datum: `RotatedNormal`."""
-        loc, log_var, v = self.encoder(self._checked(x)).split(
-            [self.latent_dim, self.latent_dim, self.num_reflections * self.latent_dim], -1)
-        v = v.unflatten(-1, (self.num_reflections, self.latent_dim))
-        return RotatedNormal(loc, log_var, v)
-
-    def bound(self, x, *, num_samples=1, noise=None, generator=None):
-        """Bound with the closed divergence, which no rotation changes: [B], in nats. noise: [S, B, K]."""
-        q = self.posterior(x)
-        noise = self._noise(len(x), num_samples, noise, generator, q.start.loc)["z"]
-        z = q.rsample(noise.shape[:1], noise=noise)
-        return self.observation(z).log_prob(x).mean(0) - q.kl_to_standard()

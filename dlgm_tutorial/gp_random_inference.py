@@ -37,27 +37,34 @@ from dlgm_tutorial._gaussian_vae import (
     trunk,
 )
 from dlgm_tutorial._refined_inference import (
-    EncoderMixture,
-    HouseholderVAE,
     IterativeInferenceVAE,
-    RecursiveMixtureVAE,
     Refined,
-    RotatedNormal,
     SemiAmortizedVAE,
     VariationalLaplaceVAE,
-    mixture_gain,
     refine,
+)
+from dlgm_tutorial._richer_posteriors import (
+    AutoregressiveFlowVAE,
+    AutoregressiveStep,
+    EncoderMixture,
+    FlowNormal,
+    HouseholderVAE,
+    RecursiveMixtureVAE,
+    RotatedNormal,
+    autoregressive_masks,
+    mixture_gain,
 )
 from dlgm_tutorial.distributions import DiagonalNormal
 from dlgm_tutorial.evaluation import fit_posterior, quasi_normal
 from dlgm_tutorial.networks import mlp
 
-__all__ = ["AmortizedVAE", "AveragedPosterior", "EncoderMixture", "ExactGPEncoder", "GPPrediction", "HouseholderVAE",
-           "Inference", "InstanceOptimum", "IterativeInferenceVAE", "RandomEncoder", "RandomFunctions",
-           "RandomInferenceVAE", "RecursiveMixtureVAE", "Refined", "RotatedNormal", "SemiAmortizedVAE",
-           "VariationalLaplaceVAE", "WeightPosterior", "average_kl", "averaged_log_posterior", "gp_function_space",
-           "gp_weight_space", "instance_optimum", "linear_average_bound", "linear_kernel", "mixture_gain",
-           "rbf_kernel", "refine", "weight_kl"]
+__all__ = ["AmortizedVAE", "AutoregressiveFlowVAE", "AutoregressiveStep", "AveragedPosterior", "EncoderMixture",
+           "ExactGPEncoder", "FlowNormal", "GPPrediction", "HouseholderVAE", "Inference", "InstanceOptimum",
+           "IterativeInferenceVAE", "RandomEncoder", "RandomFunctions", "RandomInferenceVAE", "RecursiveMixtureVAE",
+           "Refined", "RotatedNormal", "SemiAmortizedVAE", "VariationalLaplaceVAE", "WeightPosterior",
+           "autoregressive_masks", "average_kl", "averaged_log_posterior", "gp_function_space", "gp_weight_space",
+           "instance_optimum", "linear_average_bound", "linear_kernel", "mixture_gain", "rbf_kernel", "refine",
+           "weight_kl"]
 
 COVARIANCE = ("diagonal", "full", "none")
 UNCERTAINTY = ("nats", "variance", "entropy")
@@ -74,6 +81,10 @@ class RandomFunctions(NamedTuple):
 
 
 def _check_functions(mean_f, mean_g, var_f, var_g):
+    if mean_f.shape == mean_g.shape == var_f.shape == var_g.shape and mean_f.numel():
+        total = mean_f.sum() + mean_g.sum() + var_f.sum() + var_g.sum()
+        if bool(torch.isfinite(total) & (torch.minimum(var_f.min(), var_g.min()) >= 0)):
+            return  # the usual case, in few operations: this runs at each inference
     for name, value in (("mean_g", mean_g), ("var_f", var_f), ("var_g", var_g)):
         require(value.shape == mean_f.shape,
                 f"{name} must have the shape of mean_f, {list(mean_f.shape)}, got {list(value.shape)}")
@@ -324,11 +335,25 @@ class RandomEncoder(nn.Module):
     def forward(self, x):
         require(torch.is_tensor(x) and x.ndim == 2 and x.shape[1] == self.data_dim,
                 f"x must have shape [B, {self.data_dim}], got {list(getattr(x, 'shape', []))}")
+        if not hasattr(self, "feature_module") and self.covariance != "full":
+            return self._fused(x)
         base, psi = self.base_and_features(x)
         b, c = base.chunk(2, -1)
         shift_f, var_f = self.weights_w(psi)
         shift_g, var_g = self.weights_u(psi)
         return RandomFunctions(b + shift_f, c + shift_g, var_f, var_g)
+
+    def _fused(self, x):
+        """The same with two matrix products: base and weights read the same h, and W and U the same squares of it."""
+        h, parts = self.trunk(x), (self.weights_w, self.weights_u)
+        scale = 1 / math.sqrt(h.shape[-1] + 1)
+        linear, mean = self.head[-1], scale * torch.cat([part.mean for part in parts])
+        mean_f, mean_g = nn.functional.linear(h, linear.weight + mean[:, :-1], linear.bias + mean[:, -1]).chunk(2, -1)
+        if self.covariance == "none":
+            return RandomFunctions(mean_f, mean_g, torch.zeros_like(mean_f), torch.zeros_like(mean_g))
+        var = scale**2 * torch.cat([part.log_var for part in parts]).exp()
+        var_f, var_g = nn.functional.linear(h.square(), var[:, :-1], var[:, -1]).chunk(2, -1)
+        return RandomFunctions(mean_f, mean_g, var_f, var_g)
 
     def kl(self):
         """KL(q(W, U) || p(W, U)) of the whole encoder, a scalar in nats; "none": the ridge |M|^2 / (2 prior)."""

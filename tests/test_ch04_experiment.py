@@ -32,7 +32,8 @@ def test_judge_finds_the_exact_gaps_of_a_linear_decoder():
     x = model.sample(B, generator=torch.Generator().manual_seed(1))
     evidence, approximation = truth(model, x)
     rows = np.arange(B)
-    figures, arrays = ch04.judge(model, x, rows, rows[::2], seed=0, sizes=(50, 4000), num_steps=200)
+    figures, arrays = ch04.judge(model, x, rows, rows[::2], seed=0, sizes=(50, 4000), num_steps=200,
+                                num_temperatures=60)
     check_close(arrays["log_likelihood"], evidence[::2], 0.15)
     exact = np.array([evidence[n] - oracles.linear_gaussian_bound(
         x[n].numpy(), model.decoder.weight.detach().numpy(), model.decoder.bias.detach().numpy(), 0.4,
@@ -41,6 +42,10 @@ def test_judge_finds_the_exact_gaps_of_a_linear_decoder():
     check_close(arrays["amortization"], exact - approximation, 5e-3)  # both bounds on the same quasi-random points
     assert figures["num_gaps"] == 20 and set(figures["importance"]) == {"own, 50", "own, 4000", "wider, 50", "wider, 4000"}
     check_below(figures["iw_50"], figures["iw_4000"], slack=0.1)
+    assert figures["num_ais"] == B  # fewer rows than it may anneal: all of them
+    check_close(figures["ais"], evidence.mean(), 5 * figures["ais_minus_iw_se"] + 0.02)
+    check_close(figures["iw_same"], figures["iw_4000"], 1e-9)
+    check_close(figures["ais_minus_iw"], figures["ais"] - figures["iw_same"], 1e-9)
     assert set(figures["rank_correlation"]) >= {"minus bound", "distance to the mean", "reconstruction error", "norm"}
 
 
@@ -72,7 +77,8 @@ def test_every_method_trains_and_is_judged(method):
     figures = {title: ch04.train(run, method, method, model, data, data[:20], batch_size=25)}
     assert figures[title]["epochs"] == 2 and figures[title]["updates"] == 8
     rows = np.arange(16)
-    judged, arrays = ch04.judge(model, data[:20], rows, rows[::2], seed=0, train_x=data, sizes=(5, 2000), num_steps=5)
+    judged, arrays = ch04.judge(model, data[:20], rows, rows[::2], seed=0, train_x=data, sizes=(5, 2000), num_steps=5,
+                                num_ais=2, num_temperatures=3)
     figures[title] |= judged
     gap = arrays["total_gap"]
     check_mc(gap.numpy(), float(gap.mean()), standard_error=None)
@@ -94,7 +100,7 @@ def test_a_cell_runs_from_data_to_row(monkeypatch):
     image = lambda num: (torch.rand(num, 784) < 0.2).float()
     monkeypatch.setattr(ch04, "image_parts", lambda run, name: ((image(256), image(20), image(40)), None, {}))
     real = ch04.judge
-    monkeypatch.setattr(ch04, "judge", lambda *a, **k: real(*a, **k, sizes=(2, 4), num_steps=2))
+    monkeypatch.setattr(ch04, "judge", lambda *a, **k: real(*a, **k, sizes=(2, 4), num_steps=2, num_temperatures=2))
     run = Run("04-test", 0, 2, torch.device("cpu"))
     figures, arrays = ch04.image_cell("mnist", 10, "random")(run)
     assert list(figures) == ["random encoder"] and arrays["hard"].shape == (16, 784)

@@ -15,9 +15,12 @@ from dlgm_tutorial.checks import check_below, check_close, check_mc
 from dlgm_tutorial.distributions import DiagonalNormal
 from dlgm_tutorial.gp_random_inference import (
     AmortizedVAE,
+    AutoregressiveFlowVAE,
+    AutoregressiveStep,
     AveragedPosterior,
     EncoderMixture,
     ExactGPEncoder,
+    FlowNormal,
     HouseholderVAE,
     InstanceOptimum,
     IterativeInferenceVAE,
@@ -28,6 +31,7 @@ from dlgm_tutorial.gp_random_inference import (
     RotatedNormal,
     SemiAmortizedVAE,
     VariationalLaplaceVAE,
+    autoregressive_masks,
     average_kl,
     averaged_log_posterior,
     gp_function_space,
@@ -628,8 +632,10 @@ def test_log_variances_learn_faster():
     lambda: RandomInferenceVAE(D, K, (6,), num_data=50, covariance="none"), lambda: SemiAmortizedVAE(D, K, (6,)),
     lambda: SemiAmortizedVAE(D, K, (6,), adjoint="first_order", momentum=0.5, precondition=True, clip_norm=1.0),
     lambda: IterativeInferenceVAE(D, K, (6,), update_dims=(5,)), lambda: VariationalLaplaceVAE(D, K, (6,)),
-    lambda: RecursiveMixtureVAE(D, K, (6,), num_components=3), lambda: HouseholderVAE(D, K, (6,))],
-    ids=["plain", "diagonal", "full", "none", "semi", "first-order", "iterative", "laplace", "mixture", "householder"])
+    lambda: RecursiveMixtureVAE(D, K, (6,), num_components=3), lambda: HouseholderVAE(D, K, (6,)),
+    lambda: AutoregressiveFlowVAE(D, K, (6,), flow_dim=5), lambda: SemiAmortizedVAE(D, K, (6,), start="prior")],
+    ids=["plain", "diagonal", "full", "none", "semi", "first-order", "iterative", "laplace", "mixture", "householder",
+         "flow", "prior"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_model_contract(make, dtype):
     torch.manual_seed(0)
@@ -982,6 +988,289 @@ def test_reflections_turn_the_normal_and_keep_volumes():
         check_close(q.log_prob(z)[:, b], oracles.gaussian_log_density(z[:, b].numpy(), mean, cov[b].numpy()), 1e-10)
         check_close(q.kl_to_standard()[b], oracles.gaussian_kl(mean, cov[b].numpy(), np.zeros(M), np.eye(M)), 1e-10)
     check_close(q.mean, torch.einsum("bij,bj->bi", turn, loc), 1e-12)
+
+
+def mixture_model(num_components=3, **options):
+    torch.manual_seed(0)
+    model = RecursiveMixtureVAE(D, K, (6,), num_components=num_components, activation="tanh", likelihood="gaussian",
+                                noise_var=0.3, **options).double()
+    return model, normal(B, D, seed=1)
+
+
+def quadratic_mixture(loc, log_var, weights):
+    """The reference decoder with a mixture that answers the same to every datum: loc, log_var [C]."""
+    model = RecursiveMixtureVAE(2, 1, (4,), num_components=len(loc), decoder=Quadratic(), likelihood="gaussian",
+                                noise_var=0.25).double()
+    for encoder, m, v in zip(model.encoder, loc, log_var, strict=True):
+        encoder[-1][-1].weight.data.zero_()
+        encoder[-1][-1].bias.data = t([m, v])
+    model.weights.copy_(t(weights))
+    return model
+
+
+def test_bound_of_a_mixture_matches_quadrature_and_stages_see_the_components_before_them_alone():
+    model = quadratic_mixture((0.85, 0.2, 1.4), np.log([0.15, 0.3, 0.05]), (0.5, 0.3, 0.2))
+    grid = torch.linspace(-6, 6, 24_001, dtype=torch.float64)
+    log_p = model.log_joint(POINTS[:1], grid[:, None, None])[:, 0]
+    part = torch.stack([DiagonalNormal(t([m]), t([v]).log()).log_prob(grid[:, None])
+                        for m, v in ((0.85, 0.15), (0.2, 0.3), (1.4, 0.05))])
+    over = lambda log_q, value: torch.trapezoid(log_q.exp() * value, grid)
+    mixed = lambda c, w: torch.logsumexp(part[:c] + t(w).log()[:, None], 0)
+    log_q = mixed(3, (0.5, 0.3, 0.2))
+    exact = over(log_q, log_p - log_q)
+    many, noise = POINTS[:1].repeat(20_000, 1), normal(1, 20_000, 3, seed=4)
+    check_mc(model.bound(many, noise=noise).detach().numpy(), float(exact))
+    stages = [(1, (1.0,)), (2, (0.625, 0.375)), (3, (0.5, 0.3, 0.2))]
+    want = exact + sum(over(part[c - 1], log_p - mixed(c, w)) for c, w in stages)
+    check_mc(model.stagewise_objective(many, noise=noise).detach().numpy(), float(want))
+
+
+def test_a_stage_trains_its_own_encoder_and_the_decoder_climbs_the_bound():
+    model, x = mixture_model()
+    noise = normal(S, B, 3 * K, seed=2)
+    bound = model.bound(x, noise=noise).sum()
+    decoder = list(model.decoder.parameters())
+    for got, want in zip(torch.autograd.grad(model.stagewise_objective(x, noise=noise).sum(), decoder),
+                         torch.autograd.grad(bound, decoder), strict=True):
+        check_close(got, want, 1e-11)
+    last = list(model.encoder[2].parameters())  # the last stage sees all: its share of the bound's gradient is weight_c
+    z = lambda q: q.loc + torch.exp(0.5 * q.log_var) * noise.unflatten(-1, (3, K)).movedim(-2, 1)
+    q = model.posterior(x)
+    term = (model.log_joint(x, z(q)[:, 2]) - q.log_prob(z(q)[:, 2])).mean(0).sum()
+    for got, want in zip(torch.autograd.grad(model.stagewise_objective(x, noise=noise).sum(), last),
+                         torch.autograd.grad(term, last), strict=True):
+        check_close(got, want, 1e-11)
+    plain = AmortizedVAE(D, K, (6,), decoder=model.decoder, encoder=model.encoder[0], likelihood="gaussian", noise_var=0.3)
+    first = list(model.encoder[0].parameters())  # the first stage is the plain autoencoder, with a sampled divergence
+    drawn = DiagonalNormal(*plain.encode(x))
+    z0 = drawn.rsample((S,), noise=noise[..., :K])
+    want = torch.autograd.grad((plain.log_joint(x, z0) - drawn.log_prob(z0)).mean(0).sum(), first)
+    for got, one in zip(torch.autograd.grad(model.stagewise_objective(x, noise=noise).sum(), first), want, strict=True):
+        check_close(got, one, 1e-11)
+
+
+@on_each_device
+def test_stages_agree_with_numpy(device):
+    model, x = mixture_model(share=0.3)
+    model.set_shares([0.4, 0.25])
+    check_close(model.weights, [0.45, 0.3, 0.25], 1e-7)
+    model.weights.copy_(t([0.45, 0.3, 0.25]))
+    model = model.to(device)
+    noise = normal(S, B, 3 * K, seed=2)
+    q = model.posterior(x.to(device))
+    loc, log_var = (v.detach().cpu().numpy() for v in (q.loc, q.log_var))
+    draws = np.moveaxis(noise.numpy().reshape(S, B, 3, K), 2, 1)
+    theta = [(layer.weight.detach().cpu().numpy(), layer.bias.detach().cpu().numpy()) for layer in model.decoder
+             if isinstance(layer, nn.Linear)]
+    def log_joint(z):
+        (w1, b1), (w2, b2) = theta
+        error = x.numpy() - anp.dot(anp.tanh(anp.dot(z, w1.T) + b1), w2.T) - b2
+        return (-0.5 * anp.sum(error**2 / 0.3 + np.log(2 * np.pi * 0.3), -1)
+                - 0.5 * anp.sum(z**2 + np.log(2 * np.pi), -1))
+    weights = np.array([0.45, 0.3, 0.25])
+    bound = scratch.mixture_bound(loc, log_var, weights, draws, log_joint)
+    check_close(model.bound(x.to(device), noise=noise.to(device)), bound, 1e-10)
+    stages = sum(scratch.stage_objective(c, loc, log_var, weights, draws, log_joint) for c in range(3))
+    value = model.stagewise_objective(x.to(device), noise=noise.to(device))
+    check_close(value, bound + stages, 1e-10)
+    slope = lambda c, number: autograd.grad(lambda v: anp.sum(scratch.stage_objective(
+        c, *[v if i == number else a for i, a in enumerate((loc, log_var))], weights, draws, log_joint)))((loc, log_var)[number])
+    for c in range(3):  # the output biases of encoder c see the sum over the data of its own slopes
+        got, = torch.autograd.grad(value.sum(), model.encoder[c][-1][-1].bias, retain_graph=True)
+        check_close(got, np.concatenate([slope(c, 0)[c].sum(0), slope(c, 1)[c].sum(0)]), 1e-9)
+
+
+def test_shares_are_the_best_on_a_grid():
+    """RC10's pair: the best share is 0.05, and the bound there -2.30083."""
+    model = quadratic_mixture((0.85, 0.2), np.log([0.15, 0.3]), (0.5, 0.5))
+    noise = t(stats.norm.ppf((np.arange(4000) + 0.5) / 4000))[:, None, None].expand(-1, 1, 2)
+    assert model.fit_shares(POINTS[:1], noise=noise) == [pytest.approx(0.05)]
+    check_close(model.bound(POINTS[:1], noise=noise), [-2.30083], 3e-4)
+    far = quadratic_mixture((0.85, 30.0), np.log([0.15, 0.3]), (0.5, 0.5))
+    assert far.fit_shares(POINTS[:1], noise=noise[::20]) == [0.0]
+    check_close(far.weights, [1.0, 0.0], 1e-15)
+    check_close(far.bound(POINTS[:1], noise=noise), BEST[0, 2], 1e-4)
+
+
+@pytest.mark.parametrize("latent, hidden", [(1, 1), (2, 3), (5, 7), (4, 16)])
+def test_masks_let_a_path_through_exactly_from_earlier_latents(latent, hidden):
+    first, second = autoregressive_masks(latent, hidden)
+    assert first.shape == (hidden, latent) and second.shape == (latent, hidden)
+    paths = (second @ first) > 0
+    if hidden >= 2 * latent or latent == 1:
+        assert torch.equal(paths, torch.ones(latent, latent).tril(-1) > 0)
+    assert not bool(paths.triu().any())
+    for a, b in zip((first, second), scratch.autoregressive_masks(latent, hidden), strict=True):
+        check_close(a, b, 1e-15)
+
+
+def bent_flow(latent=3, context=4, num_steps=2):
+    torch.manual_seed(0)
+    steps = [AutoregressiveStep(latent, context, 9).double() for _ in range(num_steps)]
+    for step in steps:
+        step.leave.data = normal(*step.leave.shape, seed=6)  # away from the identity
+    return FlowNormal(normal(B, latent, seed=1), 0.3 * normal(B, latent, seed=2), normal(B, context, seed=3), steps)
+
+
+def test_flow_is_the_change_of_variables_of_its_jacobian():
+    q = bent_flow()
+    noise = normal(S, B, 3, seed=4)
+    z, log_prob = q.rsample_with_log_prob((S,), noise=noise)
+    check_close(q.rsample((S,), noise=noise), z, 1e-15)
+    check_close(q.log_prob(z), log_prob, 1e-9)  # by the inverse
+    check_close(q.mean, q.rsample(noise=torch.zeros(B, 3).double()), 1e-14)
+    for b in range(B):
+        for s in range(2):
+            one = lambda e, b=b: FlowNormal(q.start.loc[b:b + 1], q.start.log_var[b:b + 1], q.context[b:b + 1], q.steps).rsample(noise=e[None])[0]
+            jacobian = torch.autograd.functional.jacobian(one, noise[s, b])
+            base = float(stats.norm.logpdf(noise[s, b].numpy()).sum())
+            check_close(log_prob[s, b], base - torch.linalg.slogdet(jacobian)[1], 1e-10)
+    step = q.steps[0]
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda v, b=b: step(v[None], q.context[b:b + 1])[0][0], 3 * noise[s, b])
+                            for s in range(S) for b in range(B)])
+    check_close(jacobian.triu(1), torch.zeros_like(jacobian), 1e-15)  # a latent moves only itself and later ones
+    assert bool((jacobian.tril(-1).abs().amax(0) > 1e-3)[[1, 2, 2], [0, 0, 1]].all())
+
+
+def test_density_of_a_flow_integrates_to_one_and_its_bound_matches_quadrature():
+    q = bent_flow(latent=2)
+    side = torch.linspace(-9, 9, 1201, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).reshape(-1, 1, 2)
+    with torch.no_grad():
+        log_q = q.log_prob(grid)  # [G, B]
+        cell = float(side[1] - side[0]) ** 2
+        check_close(log_q.exp().sum(0) * cell, torch.ones(B), 1e-6)
+        torch.manual_seed(1)
+        model = AutoregressiveFlowVAE(D, 2, (6,), likelihood="gaussian", noise_var=0.3, flow_dim=9).double()
+        for step in model.flows:
+            step.leave.data = normal(*step.leave.shape, seed=6)
+        x = normal(B, D, seed=1)
+        log_q = model.posterior(x).log_prob(grid)
+        exact = (log_q.exp() * (model.log_joint(x, grid.expand(-1, B, -1)) - log_q)).sum(0) * cell
+        values = model.bound(x.repeat(3000, 1), noise=normal(1, 3000 * B, 2, seed=7)).reshape(3000, B)
+    check_mc(values.numpy(), exact.numpy())
+
+
+@on_each_device
+def test_flow_and_its_bound_agree_with_numpy(device):
+    torch.manual_seed(1)
+    model = AutoregressiveFlowVAE(D, 3, (6,), activation="tanh", likelihood="gaussian", noise_var=0.3, num_flows=3,
+                                  flow_dim=7).double()
+    for step in model.flows:
+        step.leave.data = normal(*step.leave.shape, seed=6)
+    model = model.to(device)
+    x, noise = normal(B, D, seed=1), normal(S, B, 3, seed=2)
+    numpy = lambda v: v.detach().cpu().numpy()
+    q = model.posterior(x.to(device))
+    weights = [tuple(numpy(v) for v in (step.enter, step.context.weight, step.context.bias, step.leave, step.bias))
+               for step in model.flows]
+    loc, log_var, h = (numpy(v) for v in (q.start.loc, q.start.log_var, q.context))
+    z, log_q = scratch.flow_draw(loc, log_var, noise.numpy(), h, weights)
+    got, got_log = q.rsample_with_log_prob((S,), noise=noise.to(device))
+    check_close(got, z, 1e-11)
+    check_close(got_log, log_q, 1e-11)
+    check_close(q.log_prob(got), scratch.flow_log_prob(z, loc, log_var, h, weights), 1e-9)
+    theta = [(numpy(layer.weight), numpy(layer.bias)) for layer in model.decoder if isinstance(layer, nn.Linear)]
+
+    def bound(loc, leave):
+        (w1, b1), (w2, b2) = theta
+        changed = [(*weights[0][:3], leave, weights[0][4]), *weights[1:]]
+        z, log_q = scratch.flow_draw(loc, log_var, noise.numpy(), h, changed)
+        error = x.numpy() - anp.dot(anp.tanh(anp.dot(z, w1.T) + b1), w2.T) - b2
+        log_p = -0.5 * anp.sum(error**2 / 0.3 + np.log(2 * np.pi * 0.3), -1) - 0.5 * anp.sum(z**2 + np.log(2 * np.pi), -1)
+        return anp.sum(anp.mean(log_p - log_q, 0))
+    value = model.bound(x.to(device), noise=noise.to(device)).sum()
+    check_close(value, bound(loc, weights[0][3]), 1e-10)
+    head, leave = torch.autograd.grad(value, [model.encoder[-1][-1].bias, model.flows[0].leave])
+    check_close(head[:3], autograd.grad(bound, 0)(loc, weights[0][3]).sum(0), 1e-9)
+    check_close(leave, autograd.grad(bound, 1)(loc, weights[0][3]), 1e-9)
+
+
+def test_flow_near_the_identity_is_the_plain_normal():
+    torch.manual_seed(0)
+    model = AutoregressiveFlowVAE(D, K, (6,), flow_dim=5).double()
+    x = (normal(B, D) > 0).double()
+    plain = AmortizedVAE(D, K, (6,), decoder=model.decoder, encoder=model.encoder).double()
+    z = normal(S, B, K, seed=1)
+    for step in model.flows:
+        step.leave.data.zero_()
+        step.bias.data = t([0.0, 0.0, 40.0, 40.0])
+    check_close(model.posterior(x).log_prob(z), plain.posterior(x).log_prob(z.flip(-1)), 1e-12)
+
+
+def test_training_without_the_adjoint_teaches_the_encoder_by_its_own_bound_or_by_the_refined_posterior():
+    torch.manual_seed(0)
+    options = {"likelihood": "gaussian", "noise_var": 0.3, "activation": "tanh"}
+    model = SemiAmortizedVAE(D, K, (6,), num_steps=3, step_size=0.05, **options).double()
+    x = normal(B, D, seed=1)
+    noise = {"z": normal(1, B, K, seed=2), "steps": normal(3, 1, B, K, seed=3)}
+    plain = AmortizedVAE(D, K, (6,), decoder=model.decoder, encoder=model.encoder, **options).double()
+    encoder, decoder = list(model.encoder.parameters()), list(model.decoder.parameters())
+    slopes = lambda value, at: torch.autograd.grad(value.sum(), at, retain_graph=True)
+    refined = model.posterior(x, noise=noise)
+    held = model._gaussian_bound(x, refined.loc, refined.log_var, noise["z"])
+    for teach in ("bound", "refined"):
+        value = model.separate_objective(x, teach=teach, noise=noise)
+        for a, b in zip(slopes(value, decoder), slopes(held, decoder), strict=True):
+            check_close(a, b, 1e-12)
+        own = (plain.bound(x, noise=noise["z"]) if teach == "bound" else
+               -torch.stack([torch.distributions.kl_divergence(
+                   torch.distributions.Normal(m, (0.5 * v).exp()), torch.distributions.Normal(rm, (0.5 * rv).exp())).sum()
+                   for m, v, rm, rv in zip(*plain.encode(x), refined.loc, refined.log_var, strict=True)]))
+        check_close(value, own + held, 1e-10)
+        for a, b in zip(slopes(value, encoder), slopes(own, encoder), strict=True):
+            check_close(a, b, 1e-10)
+    again = torch.autograd.grad(model.separate_objective(x, noise=noise).sum(), encoder)
+    for a, b in zip(again, slopes(plain.bound(x, noise=noise["z"]), encoder), strict=True):
+        check_close(a, b, 1e-11)
+
+
+def test_teaching_by_converged_steps_is_the_own_bound_of_a_linear_decoder_with_a_diagonal_precision():
+    """Route C without the process: L(q_0) = L* - KL(q_0 || q*), so both teach the same."""
+    turn, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((D, K)))
+    decoder = nn.Linear(K, D).double()
+    decoder.weight.data = t(turn * [1.5, 0.6])
+    torch.manual_seed(0)
+    model = SemiAmortizedVAE(D, K, (6,), decoder=decoder, num_steps=200, step_size=0.2, likelihood="gaussian", noise_var=0.5).double()
+    x = normal(B, D, seed=1)
+    z = math.sqrt(K) * torch.cat([torch.eye(K), -torch.eye(K)]).double()[:, None].expand(-1, B, -1)  # exact second moments
+    noise = {"z": z, "steps": z.expand(200, -1, -1, -1)}
+    values = {teach: model.separate_objective(x, teach=teach, noise=noise) for teach in ("bound", "refined")}
+    best = model.bound(x, noise=noise).detach()
+    check_close(values["bound"], values["refined"] + best, 1e-8)
+    grads = [torch.autograd.grad(v.sum(), list(model.encoder.parameters())) for v in values.values()]
+    for a, b in zip(*grads, strict=True):
+        check_close(a, b, 1e-8)
+
+
+def test_steps_from_the_prior_need_no_encoder():
+    torch.manual_seed(0)
+    model = SemiAmortizedVAE(D, K, (6,), num_steps=2, step_size=0.05, start="prior").double()
+    x = (normal(B, D) > 0).double()
+    assert not list(model.encoder.parameters())
+    for v in model.encode(x):
+        check_close(v, torch.zeros(B, K), 1e-15)
+    noise = {"z": normal(1, B, K, seed=2), "steps": normal(2, 1, B, K, seed=3)}
+    mean, log_var = torch.zeros(2, B, K).double()
+    for part in noise["steps"]:
+        mean, log_var = mean.requires_grad_(), log_var.requires_grad_()
+        slope = torch.autograd.grad(model._gaussian_bound(x, mean, log_var, part).sum(), (mean, log_var))
+        mean, log_var = (mean + 0.05 * slope[0]).detach(), (log_var + 0.05 * slope[1]).detach()
+    check_close(model.posterior(x, noise=noise).loc, mean, 1e-13)
+    check_close(model.bound(x, noise=noise), model._gaussian_bound(x, mean, log_var, noise["z"]), 1e-12)
+    bad("teach", lambda: SemiAmortizedVAE(D, K, (6,)).separate_objective(x.float(), teach="x"))
+    bad("start='prior' has no encoder", lambda: model.separate_objective(x))
+    bad("start must be 'encoder' or 'prior', got 'zero'", lambda: SemiAmortizedVAE(D, K, (6,), start="zero"))
+    bad("encoder: start='prior' has none", lambda: SemiAmortizedVAE(D, K, (6,), start="prior", encoder=nn.Identity()))
+
+
+def test_bad_flows_and_shares_are_refused():
+    bad("hidden_dim must be an integer of at least 3", lambda: autoregressive_masks(3, 2))
+    bad("latent_dim must be an integer of at least 1", lambda: autoregressive_masks(0, 2))
+    bad("num_flows must be an integer of at least 1, got 0", lambda: AutoregressiveFlowVAE(D, K, (6,), num_flows=0))
+    bad("encoder: this model has its own", lambda: AutoregressiveFlowVAE(D, K, (6,), encoder=nn.Identity()))
+    bad("shares must be 2 numbers", lambda: mixture_model()[0].set_shares([0.5]))
+    bad("shares must be 2 numbers in", lambda: mixture_model()[0].set_shares([0.5, 1.0]))
 
 
 # --- The chapter's NumPy: same parameters, same noise, values and gradients to 1e-9

@@ -12,6 +12,7 @@ from dlgm_tutorial.distributions import DiagonalNormal
 from dlgm_tutorial.evaluation import (
     fit_posterior,
     inference_gaps,
+    log_likelihood_ais,
     log_likelihood_is,
     rank_correlation,
     reconstruction_error,
@@ -27,8 +28,10 @@ from dlgm_tutorial.experiments.ch02_stochastic_backprop import (
 )
 from dlgm_tutorial.gp_random_inference import (
     AmortizedVAE,
+    AutoregressiveFlowVAE,
     AveragedPosterior,
     ExactGPEncoder,
+    FlowNormal,
     HouseholderVAE,
     IterativeInferenceVAE,
     RandomInferenceVAE,
@@ -52,6 +55,21 @@ def importance_weighted(model, batch, noise):
     return -model.importance_bound(batch, num_samples=len(noise), noise=noise)
 
 
+def stage_by_stage(model, batch, noise):
+    """Minus the objective of a mixture's stages."""
+    return -model.stagewise_objective(batch, noise=noise)
+
+
+def own_bound(model, batch, noise):
+    """Semi-amortised without the adjoint: the encoder climbs its own bound."""
+    return -model.separate_objective(batch, teach="bound", noise=noise)
+
+
+def distilled(model, batch, noise):
+    """Semi-amortised without the adjoint: the encoder is taught the refined posterior."""
+    return -model.separate_objective(batch, teach="refined", noise=noise)
+
+
 METHODS = {  # title, constructor (num_data is for the random encoder alone), options of fit
     "vae": ("VAE", lambda *a, num_data, **k: AmortizedVAE(*a, **k), {}),
     "iwae": ("VAE, importance-weighted bound (10 draws)", lambda *a, num_data, **k: AmortizedVAE(*a, **k),
@@ -60,10 +78,19 @@ METHODS = {  # title, constructor (num_data is for the random encoder alone), op
     "random": ("random encoder", lambda *a, **k: RandomInferenceVAE(*a, **k), {}),
     "random-30": ("random encoder, beta = 30", lambda *a, **k: RandomInferenceVAE(*a, beta=30.0, **k), {}),
     "semi": ("semi-amortised, 4 steps", lambda *a, num_data, **k: SemiAmortizedVAE(*a, **k), {}),
+    "semi-own": ("semi-amortised, encoder by its own bound", lambda *a, num_data, **k: SemiAmortizedVAE(*a, **k),
+                 {"loss": own_bound}),
+    "semi-distilled": ("semi-amortised, encoder by distillation", lambda *a, num_data, **k: SemiAmortizedVAE(*a, **k),
+                       {"loss": distilled}),
+    "semi-prior": ("20 steps of 0.03 from the prior, no encoder", lambda *a, num_data, **k: SemiAmortizedVAE(
+        *a, start="prior", num_steps=20, step_size=0.03, adjoint="first_order", **k), {}),
     "iterative": ("iterative amortised, 4 steps", lambda *a, num_data, **k: IterativeInferenceVAE(*a, **k), {}),
     "laplace": ("variational Laplace, 4 steps", lambda *a, num_data, **k: VariationalLaplaceVAE(*a, **k), {}),
     "mixture": ("mixture of 2 encoders", lambda *a, num_data, **k: RecursiveMixtureVAE(*a, **k), {}),
+    "recursive": ("mixture of 2 encoders, stage by stage", lambda *a, num_data, **k: RecursiveMixtureVAE(*a, **k),
+                  {"loss": stage_by_stage}),
     "householder": ("Householder flow, 4 reflections", lambda *a, num_data, **k: HouseholderVAE(*a, **k), {}),
+    "flow": ("autoregressive flow, 2 steps", lambda *a, num_data, **k: AutoregressiveFlowVAE(*a, **k), {}),
 }
 
 
@@ -81,8 +108,11 @@ def train(run, part, method, model, data, valid, *, batch_size, lr=1e-3, binariz
     history = fit(model, data, batch_size=batch_size, lr=rate, after_epoch=after_epoch, parameter_groups=groups,
                   record_every=10 * (len(data) // batch_size), binarize=binarize, **settings, **METHODS[method][2])
     epoch, value = restore(model)
+    shares = {}
+    if method == "recursive":
+        shares = {"shares": model.fit_shares(torch.as_tensor(data)[:500], generator=generator(run.seed))}
     per_epoch = len(data) // batch_size
-    return {"N": len(data), "batch_size": batch_size, "epochs": round(history[-1]["step"] / per_epoch, 1),
+    return {**shares, "N": len(data), "batch_size": batch_size, "epochs": round(history[-1]["step"] / per_epoch, 1),
             "updates": history[-1]["step"], "best_epoch": epoch, "valid_bound": value,
             "train_bound": history[-1]["bound"], "parameters": sum(p.numel() for p in model.parameters()),
             "seconds_per_epoch": history[-1]["seconds"] / history[-1]["step"] * per_epoch}
@@ -149,17 +179,28 @@ def summary(values, name):
 
 
 def latency(judged, x, rounds=15):
-    """Median processor seconds of inference on one batch."""
+    """Median processor seconds of inference on one batch: the posterior, and for a flow one draw with its density."""
     seconds = []
     for _ in range(rounds):
         start = time.process_time()
-        judged.posterior(x)
+        q = judged.posterior(x)
+        if isinstance(q, FlowNormal):
+            q.rsample_with_log_prob()
         seconds.append(time.process_time() - start)
     return float(np.median(seconds))
 
 
-def judge(model, test, rows, gap_rows, *, seed, train_x=None, sizes=(100, 2000), num_steps=150):
-    """All figures of one trained model on test rows, and per-image arrays on gap_rows."""
+def annealed(model, x, importance, *, seed, num_steps, num_chains=16):
+    """Evidence of images x by annealing from the prior, which no proposal favours, beside importance sampling's [B]."""
+    found = log_likelihood_ais(model, x, num_chains, num_steps=num_steps, num_latents=model.latent_dim,
+                               generator=generator(seed))
+    return {"num_ais": len(x), "ais_chains": num_chains, "ais_temperatures": num_steps, **summary(found.value, "ais"),
+            "iw_same": float(importance.mean()), **summary(found.value - importance, "ais_minus_iw")}
+
+
+def judge(model, test, rows, gap_rows, *, seed, train_x=None, sizes=(100, 2000), num_steps=150, num_ais=50,
+          num_temperatures=200):
+    """All figures of one trained model on test rows, and per-image arrays on gap_rows; num_ais of rows are annealed."""
     model.eval()
     judged = Judged(model, seed)
     bounds = judged.bounds(test)
@@ -177,6 +218,9 @@ def judge(model, test, rows, gap_rows, *, seed, train_x=None, sizes=(100, 2000),
             if name == "own":
                 figures[f"iw_{size}"] = float(found.value.mean())
                 evidence, error = found.value, found.standard_error
+    some = slice(None, None, max(1, len(rows) // num_ais))
+    figures |= annealed(model, test[rows[some]][:num_ais], evidence[some][:num_ais], seed=seed,
+                        num_steps=num_temperatures)
     where = torch.from_numpy(np.searchsorted(rows, gap_rows))
     x, evidence = test[gap_rows], evidence[where]
     figures["evidence_error"] = float(error[where].mean())
@@ -235,15 +279,16 @@ def rows_by_method(runs):
     for name in [k for k, v in runs[0]["figures"].items() if isinstance(v, dict) and "test_bound" in v]:
         parts = [run["figures"][name] for run in runs if name in run["figures"]]
         row = {"method": name, "seeds": len(parts)}
-        for key in ("N", "epochs", "updates", "parameters", "num_test", "num_evaluated", "num_gaps"):
+        for key in ("N", "epochs", "updates", "parameters", "num_test", "num_evaluated", "num_gaps", "num_ais"):
             row[key] = parts[0].get(key)
         for key in ("train_bound", "test_bound", "test_mean_bound", "test_average_bound", "iw_100", "iw_2000",
                     "total_gap", "amortization", "approximation", "seconds_per_batch", "seconds_per_epoch",
-                    "evidence_error"):
+                    "evidence_error", "ais", "iw_same", "ais_minus_iw"):
             values = [p[key] for p in parts if key in p]
             row[key] = float(np.mean(values)) if values else None
             row[f"{key}_se"] = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-        row["amortization_image_se"] = parts[0].get("amortization_se")
+        for key in ("amortization", "ais_minus_iw"):
+            row[f"{key}_image_se"] = parts[0].get(f"{key}_se")
         for signal in ("minus bound", "reconstruction error", "distance to the mean", "uncertainty, nats",
                        "uncertainty, variance", "uncertainty, entropy"):
             ranks = [p["rank_correlation"] for p in parts if signal in p["rank_correlation"]]
@@ -340,7 +385,7 @@ def digits_refine(run):
     return figures
 
 
-SWAPPED = ("vae", "heads", "random", "random-30", "semi", "mixture", "householder", "laplace")
+SWAPPED = ("vae", "heads", "random", "random-30", "semi", "mixture", "recursive", "householder", "flow", "laplace")
 
 
 @experiment("04", "digits-swap", paper=PAPER, table="proposals swapped on one decoder", hours=0.3, steps=2000,
@@ -405,7 +450,7 @@ def image_cell(name, latent, method):
 STEPS = {"mnist": 390 * EPOCHS, "omniglot": 135 * EPOCHS, "fashion": 429 * EPOCHS, "cifar10": 3000}
 CELLS = [(name, latent, method) for name in STEPS for latent in (10, 50)
          for method in ("vae", "heads", "random", "semi")]
-CELLS += [("mnist", 10, method) for method in ("iwae", "iterative", "mixture", "householder")]
+CELLS += [("mnist", 10, method) for method in ("iwae", "iterative", "mixture", "householder", "recursive", "flow")]
 for _name, _latent, _method in CELLS:
     _hours = {"semi": 0.2, "iterative": 0.15, "iwae": 0.2}.get(_method, 0.06)
     experiment("04", f"{_name}-{_latent}-{_method}", paper=PAPER, table="test likelihood, protocol of chapter 4",

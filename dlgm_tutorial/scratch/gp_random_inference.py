@@ -191,6 +191,14 @@ def momentum_adjoint(path, slope_at_end, products, rate, momentum):
     return a, theta_bar
 
 
+# --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 398d48ae
+def kl_of_answers(lam, target):
+    """KL between the diagonal normals of lam and target, [2, B, K] each: [B]."""
+    ratio = lam[1] - target[1]
+    squares = (lam[0] - target[0]) ** 2 * np.exp(-target[1])
+    return 0.5 * np.sum(np.exp(ratio) - 1 - ratio + squares, -1)
+
+
 # --- book/04_gp_random_inference/02_semi_amortised.ipynb, cell 261690c8
 def laplace_step(loc, x, decode, jacobian, noise_var):
     """One full step of eq-gp-laplace: (new mean [K], precision [K, K])."""
@@ -423,3 +431,82 @@ def bowl_functions(p, state, x):
 def uncertainty(mean_f, mean_g, var_f, var_g):
     """The reported uncertainty, in nats, of functions [N, K]; eq-gp-uncertainty."""
     return np.sum(0.5 * var_f * np.exp(-mean_g) + 0.25 * var_g, axis=-1)
+
+
+# --- book/04_gp_random_inference/06_richer_posteriors.ipynb, cell 6a892daa
+import autograd.numpy as np
+from autograd import grad, jacobian
+from autograd.scipy.special import logsumexp
+
+
+# --- book/04_gp_random_inference/06_richer_posteriors.ipynb, cell 517d5abc
+def diagonal_log_prob(z, loc, log_var):
+    """Log-density of diagonal normals, [..., K] -> [...]."""
+    squares = (z - loc) ** 2 * np.exp(-log_var)
+    return -0.5 * np.sum(squares + log_var + np.log(2 * np.pi), -1)
+
+
+def mixture_log_prob(z, loc, log_var, weights):
+    """log sum_c weight_c N(z; loc_c, exp(log_var_c)): z [..., B, K], loc [C, B, K]."""
+    parts = diagonal_log_prob(z[..., None, :, :], loc, log_var)
+    return logsumexp(parts + np.log(weights)[:, None], axis=-2)
+
+
+def stage_objective(c, loc, log_var, weights, noise, log_joint):
+    """eq-gp-stage [B] for component c, with noise [S, C, B, K]: it sees 0, ..., c."""
+    z = loc[c] + np.exp(0.5 * log_var[c]) * noise[:, c]
+    seen = weights[:c + 1] / np.sum(weights[:c + 1])
+    log_q = mixture_log_prob(z, loc[:c + 1], log_var[:c + 1], seen)
+    return np.mean(log_joint(z) - log_q, 0)
+
+
+def mixture_bound(loc, log_var, weights, noise, log_joint):
+    """The bound [B] of the mixture, with S draws of each component."""
+    z = loc + np.exp(0.5 * log_var) * noise
+    log_w = log_joint(z) - mixture_log_prob(z, loc, log_var, weights)
+    return np.sum(weights[:, None] * np.mean(log_w, 0), 0)
+
+
+# --- book/04_gp_random_inference/06_richer_posteriors.ipynb, cell ad88dc9e
+def autoregressive_masks(num_latents, num_hidden):
+    """The cuts of eq-gp-masks: zeros and ones, [H, K] and [K, H]."""
+    degree, index = np.arange(num_hidden) % num_latents, np.arange(num_latents)
+    return 1.0 * (index < degree[:, None]), 1.0 * (degree <= index[:, None])
+
+
+def shift_and_scale(z, h, step):
+    """m and log s of eq-gp-iaf at z [..., B, K], context h [B, L]: two [..., B, K]."""
+    enter, weight, offset, leave, bias = step
+    first, second = autoregressive_masks(z.shape[-1], len(enter))
+    hidden = np.maximum(z @ (first * enter).T + h @ weight.T + offset, 0)
+    out = hidden @ (np.concatenate([second, second]) * leave).T + bias
+    half = z.shape[-1]
+    return out[..., :half], -np.logaddexp(0, -out[..., half:])
+
+
+# --- book/04_gp_random_inference/06_richer_posteriors.ipynb, cell 9af9ae35
+def flow_draw(loc, log_var, noise, h, steps):
+    """Draws [S, B, K] of the bent Gaussian from noise, and their log-densities [S, B]."""
+    z = loc + np.exp(0.5 * log_var) * noise
+    log_q = diagonal_log_prob(z, loc, log_var)
+    for number, one in enumerate(steps):
+        z = z[..., ::-1] if number else z
+        shift, log_scale = shift_and_scale(z, h, one)
+        z = np.exp(log_scale) * z + (1 - np.exp(log_scale)) * shift
+        log_q = log_q - np.sum(log_scale, -1)
+    return z, log_q
+
+
+def flow_log_prob(z, loc, log_var, h, steps):
+    """The log-density [..., B] of any z [..., B, K], by undoing the steps."""
+    log_det = 0.0
+    for number, one in reversed(list(enumerate(steps))):
+        found = np.zeros(z.shape)
+        for j in range(z.shape[-1]):     # pass j settles latent j
+            shift, log_scale = shift_and_scale(found, h, one)
+            value = (z - (1 - np.exp(log_scale)) * shift) * np.exp(-log_scale)
+            found = np.concatenate([found[..., :j], value[..., j:j + 1],
+                                    found[..., j + 1:]], -1)
+        log_det = log_det + np.sum(shift_and_scale(found, h, one)[1], -1)
+        z = found[..., ::-1] if number else found
+    return diagonal_log_prob(z, loc, log_var) - log_det
