@@ -39,10 +39,10 @@ def test_emulated_machine_sees_nothing_of_this_one(monkeypatch, tmp_path):
     assert variables["GIT_CONFIG_VALUE_0"] in BOOTSTRAP
 
 
-def test_packages_of_the_current_folder_are_not_installed_ones(monkeypatch, tmp_path):
+def test_packages_are_the_installed_ones_not_those_of_a_path(monkeypatch, tmp_path):
     (tmp_path / "ghost.egg-info").mkdir()
     (tmp_path / "ghost.egg-info" / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: ghost\nVersion: 1.0\n")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     installed = colab.packages(Path(sys.prefix))
     assert "pytest" in installed and "ghost" not in installed
 
