@@ -1200,6 +1200,35 @@ def test_a_flat_strip_that_holds_its_own_centre():
     check_close(thin.covariance[:, 0, 0], flat.covariance[:, 0, 0], 1e-13)
 
 
+def test_decoders_of_every_other_chapter_are_read():
+    """The decoder of each chapter's model, as it is: log p(x) by the regions and by a grid over the model's own log_joint."""
+    from dlgm_tutorial.exact_inference import LinearGaussian as Linear
+    from dlgm_tutorial.gp_random_inference import RandomInferenceVAE
+    from dlgm_tutorial.mixture_latents import MixtureDLGM
+    from dlgm_tutorial.short_run_mcmc import MultiLayerGenerator
+    from dlgm_tutorial.stochastic_backprop import DLGM
+
+    torch.manual_seed(0)
+    noise_var, options = 0.4, {"likelihood": "gaussian", "noise_var": 0.4}
+    models = [DLGM(3, 2, 5, **options), MixtureDLGM(3, 2, 1, hidden_dims=(5, 4), **options),
+              RandomInferenceVAE(3, 2, (5,), num_data=10, **options),
+              MultiLayerGenerator(3, 2, (5,), noise_var=noise_var, activation="relu"),
+              Linear(torch.randn(3, 2), torch.randn(3), torch.tensor(noise_var))]
+    axis = torch.linspace(-6, 6, 241, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)[:, None]
+    x = torch.randn(1, 3, dtype=torch.float64)
+    for model in models:
+        model = model.double()
+        decoder = next(getattr(model, name) for name in ("decoder", "networks", "readout", "weight") if hasattr(model, name))
+        decoder = decoder[0] if isinstance(decoder, nn.ModuleList) else decoder
+        decoder = [(decoder, model.bias)] if isinstance(decoder, torch.Tensor) else decoder
+        with torch.no_grad():
+            log_joint = torch.cat([model.log_joint(x, part, coordinates="state")[:, 0] for part in z.split(20_000)])
+            want = torch.logsumexp(log_joint, 0) + 2 * torch.log(axis[1] - axis[0])
+            got = exact_log_likelihood(decoder, x, noise_var)
+        check_close(got, [float(want)], 1e-3, what=type(model).__name__)
+
+
 # --- Refusals
 
 @pytest.mark.parametrize("name", ["Tanh", "GELU", "Sigmoid", "Softplus", "ELU"])
