@@ -176,6 +176,9 @@ def test_chains_that_blow_up_name_the_step():
         short_run(score, z0, 1.01 * edge, 400, noise=noise)
     with pytest.raises(FloatingPointError, match=r"blows up at step 2 of 10: \|z\| reaches 1e\+30"):
         short_run(lambda z: z * 1e15, torch.ones(2, 3), 2**0.5, 10, stochastic=False, limit=1e20)
+    with pytest.raises(FloatingPointError, match=r"blows up at step 1 of 2: \|z\| reaches 1e\+08"):  # and comes back
+        calls = iter((2e8, -2e8))
+        short_run(lambda z: torch.full_like(z, next(calls)), torch.ones(2, 3), 1.0, 2, stochastic=False)
     with pytest.raises(FloatingPointError, match=r"gradient is not finite at step 3 of 9"):
         calls = iter(range(9))
         short_run(lambda z: z * torch.nan if next(calls) == 2 else -z, torch.ones(2, 3), 0.1, 9)
@@ -843,6 +846,17 @@ def test_the_model_refuses_bad_options(options, message):
 def test_an_unknown_width_of_the_encoder_is_refused():
     with pytest.raises(ValueError, match="hidden_dims must have one entry per layer: 2 latent_dims"):
         BottomUpEncoder(D, (3, 2), (5,))
+
+
+def test_the_encoder_limits_its_log_variance_softly():
+    encoder = BottomUpEncoder(D, (3,), (5,)).double()
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.zero_()
+        encoder.heads[0].bias.copy_(t([0.1, 0.2, 0.3, 6.0, -60.0, 0.0]))
+    q = encoder(draws(B, D))
+    check_close(q.loc[0].detach(), t([0.1, 0.2, 0.3]), 1e-14)
+    check_close(q.log_var[0].detach(), t([10 * np.tanh(0.6), 10 * np.tanh(-6.0), 0.0]), 1e-12)
 
 
 def test_non_finite_weights_and_exploding_training_are_one_clear_error():
