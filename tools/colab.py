@@ -57,7 +57,7 @@ def environment(python):
 
 def packages(venv):
     """{name: version} of what is installed there; -I, or pip would also list what PYTHONPATH leads to."""
-    listed = subprocess.run([venv / "bin/python", "-m", "pip", "list", "--format=json",
+    listed = subprocess.run([venv / "bin/python", "-I", "-m", "pip", "list", "--format=json",
                              "--disable-pip-version-check"], capture_output=True, text=True, check=True)
     return {package["name"].lower(): package["version"] for package in json.loads(listed.stdout)}
 
