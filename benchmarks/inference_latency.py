@@ -75,9 +75,9 @@ def main():
         rounds=max(3, options.rounds // 3), work={"1,000 images, 100 at once": GAPS, "one at a time": ALONE})
     harness.write("inference_latency", "Inference on a batch of 128 images, against the plain encoder",
                   "random encoder at most 1.3; one at a time at least 10", reports, batch=BATCH, note=(
-                      "The random encoder returns its averaged posterior and its uncertainty, the flow one draw with its "
-                      "density. Refined methods run the "
-                      "decoder and its gradient at each step. Variational Laplace is timed with 10 latents alone."))
+                      "The random encoder returns its averaged posterior and its uncertainty, the flow one draw with "
+                      "its density. Refined methods run the decoder and its gradient at each step. Variational Laplace "
+                      "is timed with 10 latents alone."))
 
 
 if __name__ == "__main__":
