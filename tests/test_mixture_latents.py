@@ -557,6 +557,18 @@ def test_linear_decoder_gives_factor_mixture_analysis(weights, want):
         check_close(responsibilities, [[0.145392343585, 0.755618907372, 0.098988749043]], 1e-11)
 
 
+def test_factor_mixture_with_components_of_different_widths():
+    rng = np.random.default_rng(8)
+    scale, loc, w = np.exp(0.5 * rng.standard_normal((3, 2))), rng.standard_normal((3, 2)), np.array([0.2, 0.5, 0.3])
+    W, bias, noise = FMA["weight"], FMA["bias"], FMA["noise_var"]
+    paths = [(w[c], W @ loc[c] + bias, W @ np.diag(scale[c] ** 2) @ W.T + np.diag(noise)) for c in range(3)]
+    x = rng.standard_normal((4, 3))
+    log_px, responsibilities = factor_mixture_log_likelihood(
+        torch.from_numpy(x), *(torch.from_numpy(n) for n in (W, bias, noise, np.log(w), loc, scale)))
+    check_close(log_px, [oracles.gaussian_path_density(row, paths) for row in x], 1e-12)
+    check_close(responsibilities.sum(-1), np.ones(4), 1e-12)
+
+
 def linear_model(num_components=3, **options):
     prior_loc = torch.tensor([-1.5, 0.0, 1.5])[:num_components, None].expand(num_components, 2)
     decoder = torch.nn.Linear(2, 3).double()
@@ -777,12 +789,32 @@ def test_float32_follows_float64(build):
 
 def test_sticks_start_at_the_prior_or_at_its_means():
     x = binary(B, D)
-    for concentration, options in itertools.product((0.2, 1.0, 6.0), ({}, {"prior": "gem"}, {"sticks": "beta"})):
+    for concentration, options in itertools.product((0.2, 1.0, 6.0), ({}, {"prior": "gem"}, {"sticks": "beta"}, {"prior": "gem", "weights": "softmax"})):
         model = MixtureDLGM(D, K, C, hidden_dims=(6,), concentration=concentration, **options).double()
         check_close(model.component_weights(x), model._top().log_weights.exp().expand(B, C), 1e-6)
     model = MixtureDLGM(D, K, C, hidden_dims=(6,)).double()
     _, _, log_a, log_b, _ = model.recognise(x)
     check_close(kl_kumaraswamy_beta(log_a.exp(), log_b.exp(), model.alpha_1, model.beta_1), torch.zeros(B, C - 1), 1e-7)
+
+
+def test_one_wild_step_of_the_heads_cannot_blow_up_the_posterior():
+    """log scales stay within 5, log a and log b within 4 of their start; near zero the limit is not felt."""
+    torch.manual_seed(0)
+    model, x = MixtureDLGM(D, K, C, hidden_dims=(6,)).double(), binary(B, D)
+    for size in (1e-6, 1e6):
+        with torch.no_grad():
+            for head in (model.components.log_scale, model.mixing.head):
+                head.weight.normal_(0, size)
+        _, log_scale, log_a, log_b, _ = model.recognise(x)
+        away = torch.stack([log_a, log_b], 1) - model.mixing.start
+        h = model.encoder(x)
+        if size < 1:
+            check_close(log_scale.flatten(1), model.components.log_scale(h), 1e-12)
+            check_close(away.flatten(1), model.mixing.head(h), 1e-12)
+        else:
+            check_below(log_scale.abs(), 5.0)
+            check_below(away.abs(), 4.0)
+            assert model.bound(x).isfinite().all()
 
 
 def test_samples_of_the_prior_have_its_weights():
@@ -835,6 +867,51 @@ def test_semi_supervised_bound_sums_the_labels_out(latent):
     slow = torch.stack([model.tail(torch.nn.functional.linear(torch.cat([z, one_hot[y].expand(S, B, 3)], -1), torch.cat(
         [model.from_latent.weight, model.from_label.weight], 1), model.from_latent.bias)) for y in range(3)], 2)
     check_close(model.decode(z, torch.arange(3)), slow, 1e-12)
+
+
+@pytest.mark.parametrize("latent", ["gaussian", "stick_breaking"])
+def test_semi_supervised_bound_pays_the_divergence_of_its_code(latent):
+    """A decoder that says nothing: the bound is that of fair coins and a uniform label, less the divergence."""
+    torch.manual_seed(0)
+    model = SemiSupervisedVAE(D, C, 3, latent=latent, hidden_dims=(6,), concentration=2.0).double()
+    with torch.no_grad():
+        last = model.tail[1][-1] if isinstance(model.tail[1], torch.nn.Sequential) else model.tail[1]
+        last.weight.zero_(), last.bias.zero_()
+        heads = (model.components.log_scale, model.components.loc) if latent == "gaussian" else (model.mixing.head,)
+        for head in heads:
+            head.weight.normal_(0, 0.7)
+    x = binary(B, D)
+    h = model.encoder(x)
+    if latent == "gaussian":
+        loc, log_scale = (part[:, 0] for part in model.components(h))
+        q = torch.distributions.Normal(loc, log_scale.exp())
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(torch.zeros(1).double(), torch.ones(1).double())).sum(-1)
+    else:
+        log_a, log_b = model.mixing(h)
+        kl = kl_kumaraswamy_beta(log_a.exp(), log_b.exp(), 1.0, 2.0).sum(-1)
+    want = -D * math.log(2) - math.log(3) - kl
+    check_close(model.bound(x, torch.tensor([0, 2, 1])), want, 1e-10)
+    log_qy = model.classify(x)
+    check_close(model.bound(x), want - (log_qy.exp() * log_qy).sum(-1), 1e-10)
+
+
+def test_semi_supervised_objective_is_its_formula():
+    torch.manual_seed(0)
+    model = SemiSupervisedVAE(D, C, 3, hidden_dims=(6,)).double()
+    x, x_unlabelled, y = binary(B, D), binary(5, D, seed=1), torch.tensor([0, 2, 1])
+    noise, other = normal(1, B, C), normal(1, 5, C, seed=1)
+    labelled = (model.bound(x, y, noise=noise) + model.classify(x)[torch.arange(B), y]).mean()
+    unlabelled = model.bound(x_unlabelled, noise=other).mean()
+    for mixing in (0.0, 0.375, 1.0):
+        got = model.objective(x, y, x_unlabelled, mixing=mixing, noise=noise, noise_unlabelled=other)
+        check_close(got.detach(), (mixing * labelled + (1 - mixing) * unlabelled).detach(), 1e-12)
+
+
+def test_a_code_of_sticks_depends_on_the_datum_from_the_start():
+    x = binary(B, D)
+    for model in (StickBreakingVAE(D, C, hidden_dims=(6,)).double(), SemiSupervisedVAE(D, C, 3, latent="stick_breaking", hidden_dims=(6,)).double()):
+        log_a, log_b = model.mixing(model.encoder(x))
+        assert (log_a[0] != log_a[1]).all() and (log_b[0] != log_b[1]).all()
 
 
 def test_semi_supervised_training_learns_to_classify():
