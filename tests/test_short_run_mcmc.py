@@ -813,6 +813,8 @@ def test_inpainting_a_linear_model_matches_the_masked_law():
     check_mc(got.chains[:, 0, 1], -0.4014766432798443, what="hidden entry")
     check_close(got.mean[0, [0, 2]], t([1.0, -0.75]), 1e-15)
     check_close(got.scale[0, [0, 2]], t([0.0, 0.0]), 1e-15)
+    check_close(got.mean[0, 1], got.chains[:, 0, 1].mean(), 1e-12)
+    check_close(got.scale[0, 1], got.chains[:, 0, 1].std(), 1e-12)
     law = law_a(0.15, 20, observed=observed)
     check_mc((got.chains[:, 0, 1] + 0.4014766432798443) ** 2, law.covariance[1, 1], what="its spread")
 
