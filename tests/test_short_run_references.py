@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
+from scipy import optimize, signal
 from test_short_run_mcmc import (
     BIAS,
     LARGEST,
@@ -18,6 +18,7 @@ from test_short_run_mcmc import (
     law_a,
     model_a,
     score_of,
+    small_conv,
     t,
 )
 from torch import nn
@@ -106,6 +107,65 @@ def test_from_the_posterior_langevin_inflates_the_variance_and_mala_does_not():
             accepted += float(info.accepted.double().mean()) / 10
         check_mc(ratio(state.z[:, 0]), np.ones(2), what=f"MALA, steps of {size}")
         check_close(accepted, rate, 0.004)
+
+
+# ---------------------------------------------------------------- the convolutional generator, by loops
+def silu(h):
+    return h / (1 + np.exp(-h))
+
+
+def convolve(h, layer):
+    """A 3 x 3 convolution with a margin of zeros, [C, s, s] -> [O, s, s]."""
+    weight, bias = (p.detach().numpy() for p in (layer.weight, layer.bias))
+    return np.stack([bias[o] + sum(signal.correlate2d(h[c], weight[o, c], "same") for c in range(len(h)))
+                     for o in range(len(weight))])
+
+
+def affine(h, layer):
+    return layer.weight.detach().numpy() @ h + layer.bias.detach().numpy()
+
+
+def convolutional_mean(generator, noises):
+    """E[x | noises] of one example, by the definition: latents projected to maps, added to those from above."""
+    features = None
+    for layer in reversed(range(generator.num_layers)):
+        block, z = generator.blocks[layer], noises[layer]
+        if features is not None:
+            first, last = generator.heads[layer][1], generator.heads[layer][5]
+            h = silu(convolve(silu(features), first))
+            h = h.reshape(len(h), h.shape[1] // 2, 2, h.shape[2] // 2, 2).mean((2, 4))
+            loc, raw = np.split(affine(h.ravel(), last), 2)
+            z = loc + (1e-3 + np.log1p(np.exp(raw))) * z
+        linear, _, _, conv = block.project
+        h = convolve(silu(affine(z, linear)).reshape(4, block.size, block.size), conv)
+        if features is not None:
+            h = h + (features if features.shape[-1] == block.size else features.repeat(2, 1).repeat(2, 2))
+        features = h + convolve(silu(convolve(silu(h), block.residual[1])), block.residual[3])
+    up = generator.readout[1]
+    weight, maps = up.weight.detach().numpy(), silu(features)
+    side = 2 * maps.shape[-1]
+    out = np.zeros((weight.shape[1], side + 2, side + 2))
+    for (c, y, x), value in np.ndenumerate(maps):
+        out[:, 2 * y:2 * y + 4, 2 * x:2 * x + 4] += value * weight[c]
+    out = out[:, 1:-1, 1:-1] + up.bias.detach().numpy()[:, None, None]
+    return 1 / (1 + np.exp(-out.ravel()))
+
+
+def test_the_convolutional_generator_is_its_definition():
+    generator = small_conv()
+    with torch.no_grad():
+        for p in generator.parameters():  # fresh biases are zero: give every term something to do
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
+    z = draws(2, 9, seed=3)
+    want = [convolutional_mean(generator, [part.numpy() for part in generator.split(row)]) for row in z]
+    check_close(generator.mean(z).detach(), np.stack(want), 1e-11)
+
+
+def test_the_initial_weights_are_those_of_the_generator_given():
+    one, two, other = small_conv(), small_conv(), small_conv(seed=1)
+    same = [torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True)]
+    assert all(same)
+    assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 # ---------------------------------------------------------------- one latent
