@@ -1264,6 +1264,18 @@ def test_steps_from_the_prior_need_no_encoder():
     bad("encoder: start='prior' has none", lambda: SemiAmortizedVAE(D, K, (6,), start="prior", encoder=nn.Identity()))
 
 
+def test_clipping_shortens_a_datum_gradient_to_the_norm_and_leaves_short_ones():
+    """By the norm, not its square: a gradient of length 5 and a limit of 2 make a step of length 2 in its direction."""
+    slopes = t([[3.0, 4.0], [0.3, -0.4], [1.2, 1.6]])  # lengths 5, 1/2 and 2, one row a datum, in (mean, log_var)
+    bound = lambda mean, log_var, _: (torch.cat([mean, log_var], -1) * slopes).sum(-1)
+    start = torch.zeros(3, 1).double()
+    for precondition in (False, True):  # at log-variance 0 preconditioning changes nothing
+        found = refine(bound, start, start, torch.zeros(1, 1, 3, 1), step_size=0.1, clip_norm=2.0, adjoint="none",
+                       precondition=precondition)
+        want = 0.1 * slopes * t([0.4, 1.0, 1.0])[:, None]
+        check_close(torch.cat([found.mean, found.log_var], -1), want, 1e-14)
+
+
 def test_bad_flows_and_shares_are_refused():
     bad("hidden_dim must be an integer of at least 3", lambda: autoregressive_masks(3, 2))
     bad("latent_dim must be an integer of at least 1", lambda: autoregressive_masks(0, 2))
