@@ -38,6 +38,7 @@ from dlgm_tutorial.short_run_mcmc import (
     semi_implicit_bounds,
     short_run,
     short_run_loss,
+    tune_step_size,
 )
 from dlgm_tutorial.training import fit
 
@@ -294,6 +295,24 @@ def test_the_derivative_along_the_chain_is_the_recursion():
     want = scratch.run_with_tangent(scratch.score_of(log_p), z0[:, 0].numpy(), 0.2, 8, noise[:, :, 0].numpy())
     check_close(ends[:, 0], want[0], 1e-11)
     check_close(slope[:, 0], want[1], 1e-10)
+
+
+def test_each_objective_of_the_tuner_is_the_estimate_it_names():
+    model, x, z0, noise = model_a(), t(X), draws(30, 1, 2), draws(5, 30, 1, 2, seed=1)
+    at = lambda z: model.log_joint(x, z)
+    options = {"num_steps": 5, "grid": [0.2], "z0": z0, "noise": noise}
+    both = semi_implicit_bounds(at, z0, 0.2, 5, noise=noise)
+    check_close(tune_step_size(model, x, objective="semi_implicit", **options).values, -both.lower, 1e-12)
+    bound = jacobian_bound(at, z0, 0.2, 5, noise=noise)
+    check_close(tune_step_size(model, x, objective="jacobian", **options).values, -bound.value, 1e-12)
+    silent = tune_step_size(model, x, objective="exact", grid=[0.09], num_steps=20, stochastic=False)
+    check_close(silent.values, law_a(0.09, 20, stochastic=False).kl, 1e-12)
+
+
+def test_a_size_at_which_the_map_folds_is_never_chosen():
+    found = tune_step_size(ToyN(), t([[1.5]]), num_steps=1, stochastic=False, grid=[0.3, 0.45],
+                           z0=torch.linspace(-3, 3, 41, **double).reshape(-1, 1, 1))
+    assert found.values.isfinite().tolist() == [True, False] and found.step_size == 0.3
 
 
 # ---------------------------------------------------------------- two layers
