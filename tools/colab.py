@@ -44,7 +44,7 @@ def environment(python):
     if subprocess.run([python, "-m", "venv", venv], capture_output=True).returncode:  # no ensurepip: borrow this pip
         subprocess.run([python, "-m", "venv", "--clear", "--without-pip", venv], check=True)
         subprocess.run([python, "-m", "pip", "--python", venv / "bin/python", "install", "-q", "pip"], check=True)
-    pip = [venv / "bin/python", "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    pip = [*pip_of(venv), "install", "-qq"]
     index = ["--retries", "1", "--extra-index-url", INDEX] if INDEX else []
     torch = next(need for need in SHIPPED if need.startswith("torch=="))
     run = subprocess.run([*pip, *index, torch], capture_output=True, text=True)  # warns of an index out of reach
@@ -55,10 +55,14 @@ def environment(python):
     return venv
 
 
+def pip_of(venv):
+    """The command of its pip; -I, or pip would also list, and refuse to remove, what PYTHONPATH leads to."""
+    return [venv / "bin/python", "-I", "-m", "pip", "--disable-pip-version-check"]
+
+
 def packages(venv):
-    """{name: version} of what is installed there; -I, or pip would also list what PYTHONPATH leads to."""
-    listed = subprocess.run([venv / "bin/python", "-I", "-m", "pip", "list", "--format=json",
-                             "--disable-pip-version-check"], capture_output=True, text=True, check=True)
+    """{name: version} of what is installed there."""
+    listed = subprocess.run([*pip_of(venv), "list", "--format=json"], capture_output=True, text=True, check=True)
     return {package["name"].lower(): package["version"] for package in json.loads(listed.stdout)}
 
 
@@ -98,13 +102,14 @@ def passport(notebook, venv):
         minutes = (time.perf_counter() - start) / 60
         after = packages(venv)
         if "dlgm-tutorial" not in after:  # pip's own words stay in the notebook, which is not written then
-            pip = [venv / "bin/python", "-m", "pip", "install", "--dry-run", "-q", f"git+{URL}"]
+            pip = [*pip_of(venv), "install", "--dry-run", "-q", f"git+{URL}"]
             retry = subprocess.run(pip, env=colab_environment(venv, state), capture_output=True, text=True)
             error = f"the package was not installed by the notebook\n{error}\n{retry.stderr[-1500:]}"
     added = sorted(set(after) - set(before))
     if added:
-        subprocess.run([venv / "bin/python", "-m", "pip", "uninstall", "-q", "-y", *added], check=True,
-                       stderr=subprocess.DEVNULL)
+        subprocess.run([*pip_of(venv), "uninstall", "-q", "-y", *added], check=True, stderr=subprocess.DEVNULL)
+        if set(added) & set(packages(venv)):
+            raise RuntimeError(f"{venv}: {', '.join(added)} could not be removed again")
     changed = changes(before, after)
     if changed:  # no longer Colab's packages: to be made anew
         (venv / "ready").unlink()
