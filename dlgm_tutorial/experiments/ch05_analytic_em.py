@@ -197,22 +197,35 @@ def judge_linear(model, x, test, other):
     return {**found, "noise_var": float(model.noise_var.detach().mean())}
 
 
-def image_sets(run, digit, num_train, num_test, num_other):
-    """(x, test, other): one digit (4), the 9 held out; or all ten digits, and Fashion-MNIST as the outsiders."""
+def one_digit(run):
+    """(x, test, other): 1,000 MNIST images of the digit 4 and all its test images; the 9s are the outsiders."""
     train, test = (run.load("mnist", split) for split in ("train", "test"))
-    if digit is not None:
-        return digit_of(train, digit, num_train), digit_of(test, digit, num_test), digit_of(test, 9, num_other)
-    other = run.load("fashion_mnist", "test").x
-    return train.x[:num_train].double(), test.x[:num_test].double(), other[:num_other].double()
+    return digit_of(train, 4, 1000), digit_of(test, 4), digit_of(test, 9)
+
+
+def all_digits(run):
+    """(x, test, other): the first 2,000 MNIST images and 1,000 for the test; 1,000 of Fashion-MNIST as outsiders."""
+    loaded = (run.load("mnist", "train"), run.load("mnist", "test"), run.load("fashion_mnist", "test"))
+    return tuple(data.x[:num].double() for data, num in zip(loaded, (2000, 1000, 1000), strict=True))
+
+
+def small_digits(run):
+    """(x, test, other): scikit-learn's 8x8 digits from 0 to 8; no 9 is learnt from, so all of them are outsiders."""
+    train, test = (run.load("digits", split) for split in ("train", "test"))
+    nines = torch.cat([digit_of(train, 9), digit_of(test, 9)])
+    return train.x[train.y < 9].double(), test.x[test.y < 9].double(), nines
 
 
 PIXEL_FLOOR = 0.01  # least noise variance of a pixel, where each has its own: many never change
 
 
-def images(run, sizes, gem, gradient, *, digit=4, num_train=1000, num_test=None, num_other=None):
-    """All methods on one architecture, judged alike; below them linear models, and all with a variance a pixel."""
-    x, test, other = image_sets(run, digit, num_train, num_test, num_other)
-    K, methods, seconds = sizes[0], {}, {}
+def images(run, hidden, gem, gradient, sets):
+    """All methods on one architecture, judged alike; below them linear models, and all with a variance a pixel.
+
+    hidden: the decoder's sizes but the last, [K, H1, ...]; sets: (x, test, other), each [N, D].
+    """
+    x, test, other = sets
+    sizes, methods, seconds = [*hidden, x.shape[1]], {}, {}
 
     def record(name, make):
         start = time.perf_counter()
@@ -242,7 +255,7 @@ def images(run, sizes, gem, gradient, *, digit=4, num_train=1000, num_test=None,
     record("exact gradient, L-BFGS", lambda: learnt(start(), 0.1, method="gradient", num_iterations=gradient))
     for name, settings in IMAGE_VAES.items():
         record(name, lambda settings=settings: vae(settings))
-    for latents in (K, 10):
+    for latents in (hidden[0], 10):
         linear = fit_ppca(x, latents).model
         record(f"probabilistic PCA, K = {latents}", lambda m=linear: judge_linear(m, x, test, other))
     floor = PIXEL_FLOOR / float(x.var(0, correction=0).mean())
@@ -251,7 +264,7 @@ def images(run, sizes, gem, gradient, *, digit=4, num_train=1000, num_test=None,
         "a variance a pixel: generalised EM",
         lambda: learnt(start(), first, num_iterations=gem, noise="diagonal", noise_floor=floor),
     )
-    for latents in (K, 10):
+    for latents in (hidden[0], 10):
         record(
             f"a variance a pixel: factor analysis, K = {latents}",
             lambda k=latents: judge_linear(
@@ -281,34 +294,43 @@ IMAGE_VAES = {
     "VAE, first noise 0.1, rate 0.005": {"noise_var": 0.1, "lr": 5e-3},
 }
 GEM, GRADIENT = 30, 100  # iterations
-SIZES = {1: [1, 16, 16, 784], 2: [2, 8, 8, 784]}
+HIDDEN = {1: [1, 16, 16], 2: [2, 8, 8]}
 
 
 @experiment("05", "mnist-one-latent", paper=PAPER, hours=0.3, steps=6000, rows=spread_rows)
 def mnist_one_latent(run):
     """1,000 images of the digit 4, decoder 1-16-16-784: likelihood, anomalies, imputation."""
-    return images(run, SIZES[1], GEM, GRADIENT)
+    return images(run, HIDDEN[1], GEM, GRADIENT, one_digit(run))
 
 
 @experiment("05", "mnist-two-latents", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
 def mnist_two_latents(run):
     """1,000 images of the digit 4, decoder 2-8-8-784: likelihood, anomalies, imputation."""
-    return images(run, SIZES[2], GEM, GRADIENT)
-
-
-ALL_DIGITS = {"digit": None, "num_train": 2000, "num_test": 1000, "num_other": 1000}
+    return images(run, HIDDEN[2], GEM, GRADIENT, one_digit(run))
 
 
 @experiment("05", "mnist-all-one-latent", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
 def mnist_all_one_latent(run):
     """2,000 images of all digits, decoder 1-16-16-784; Fashion-MNIST as the outsiders."""
-    return images(run, SIZES[1], 20, 40, **ALL_DIGITS)
+    return images(run, HIDDEN[1], 20, 40, all_digits(run))
 
 
 @experiment("05", "mnist-all-two-latents", paper=PAPER, hours=1.0, steps=6000, rows=spread_rows)
 def mnist_all_two_latents(run):
     """2,000 images of all digits, decoder 2-8-8-784; Fashion-MNIST as the outsiders."""
-    return images(run, SIZES[2], 20, 40, **ALL_DIGITS)
+    return images(run, HIDDEN[2], 20, 40, all_digits(run))
+
+
+@experiment("05", "digits-one-latent", paper=PAPER, hours=0.3, steps=6000, rows=spread_rows)
+def digits_one_latent(run):
+    """8x8 digits from 0 to 8, decoder 1-16-16-64, the 9s held out: likelihood, anomalies, imputation."""
+    return images(run, HIDDEN[1], GEM, GRADIENT, small_digits(run))
+
+
+@experiment("05", "digits-two-latents", paper=PAPER, hours=0.5, steps=6000, rows=spread_rows)
+def digits_two_latents(run):
+    """8x8 digits from 0 to 8, decoder 2-8-8-64, the 9s held out: likelihood, anomalies, imputation."""
+    return images(run, HIDDEN[2], GEM, GRADIENT, small_digits(run))
 
 
 def choice_rows(runs):
