@@ -639,6 +639,7 @@ def moons_from_encoder(num_steps):
 
 MOONS = {"VAE": moons_vae, "short run, T = 5, s = 0.10": langevin(num_steps=5),
          **{f"short run, T = 20, s = {s:.2f}": langevin(step_size=s) for s in (0.03, 0.05, 0.1, 0.15)},
+         "short run, T = 100, s = 0.10": langevin(num_steps=100),
          "short run, T = 20, s = 0.10, without noise": langevin(stochastic=False),
          "short run, T = 20, s = 0.10, accept or reject": langevin(kernel="mala"),
          "persistent, T = 5, s = 0.10": langevin(start="persistent", num_steps=5),
