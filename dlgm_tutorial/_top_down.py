@@ -190,22 +190,24 @@ class MultiLayerGenerator(nn.Module):
         return torch.cat(tuple(z), -1) if isinstance(z, (tuple, list)) else z
 
     def _descend(self, parts, given=None):
-        """From the top down: states z_l, log-scales (None at the top and where the latents are independent), mean of x.
+        """From the top down: states z_l, their laws (loc_l, scale_l), and the mean of x.
+
+        A law is None at the top and where the latents are independent: standard normal.
 
         parts: noises [N, K_l], or, with given="state", the states themselves.
         """
-        states, log_scales, features = [], [], None
+        states, laws, features = [], [], None
         for layer in reversed(range(self.num_layers)):
-            z, log_scale = parts[layer], None
+            z, law = parts[layer], None
             if features is not None and len(self.heads):
                 loc, raw = self.heads[layer](features).chunk(2, -1)
                 scale = MIN_SCALE + F.softplus(raw)
-                log_scale = (loc, scale)
+                law = (loc, scale)
                 z = z if given == "state" else loc + scale * z
             states.insert(0, z)
-            log_scales.insert(0, log_scale)
+            laws.insert(0, law)
             features = self.blocks[layer](z, features)
-        return states, log_scales, OUTPUTS[self.output](self.readout(features))
+        return states, laws, OUTPUTS[self.output](self.readout(features))
 
     def _flat(self, z):
         """The parts of z as [N, K_l] each, and the leading shape."""
