@@ -315,6 +315,18 @@ def test_a_size_at_which_the_map_folds_is_never_chosen():
     assert found.values.isfinite().tolist() == [True, False] and found.step_size == 0.3
 
 
+def test_a_size_at_which_chains_blow_up_is_never_chosen():
+    class Quartic:
+        num_latents = 2
+
+        def log_joint(self, x, z):  # steps of 3 run away, and end as infinity minus infinity
+            return -(z**4).sum(-1) - (x - z).square().sum(-1)
+
+    found = tune_step_size(Quartic(), torch.zeros(3, 2, **double), grid=[0.1, 0.2, 3.0], objective="semi_implicit",
+                           generator=torch.Generator().manual_seed(0))
+    assert found.values.tolist()[2] == np.inf and found.step_size == 0.2
+
+
 # ---------------------------------------------------------------- two layers
 def test_the_best_sizes_of_two_layers_in_both_coordinates():
     prior = np.array([[1.0, 0.9], [0.9, 0.85]])  # of the states, top first
