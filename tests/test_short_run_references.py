@@ -327,6 +327,13 @@ def test_a_size_at_which_chains_blow_up_is_never_chosen():
     assert found.values.tolist()[2] == np.inf and found.step_size == 0.2
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_frozen_decoder_gets_no_gradient(freeze):
+    decoder = mlp([2, 4, 3], dtype=torch.float64)
+    generator = MultiLayerGenerator(decoder=decoder, noise_var=0.5, freeze_decoder=freeze)
+    assert all(p.requires_grad is not freeze for p in generator.parameters())
+
+
 # ---------------------------------------------------------------- two layers
 def test_the_best_sizes_of_two_layers_in_both_coordinates():
     prior = np.array([[1.0, 0.9], [0.9, 0.85]])  # of the states, top first
